@@ -1,0 +1,318 @@
+"""The command line. It imports what a command needs when the command runs, so that `--help` is instant.
+
+Exit codes: 0 done · 1 failed · 2 usage or settings · 3 log · 4 adapter · 5 the decision does not fit the rollout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from thumbwheel import __version__
+from thumbwheel.errors import ThumbwheelError
+
+if TYPE_CHECKING:
+    from thumbwheel.log.sqlite import SqliteLog
+    from thumbwheel.rollout import Rollout
+    from thumbwheel.settings import Settings
+
+as_json = click.option("--json", "json_", is_flag=True, help="Print JSON, for scripts.")
+
+
+class _Context:
+    """The settings, read when a command first asks for them."""
+
+    def __init__(self, config: Path | None) -> None:
+        self.config = config
+
+    @property
+    def settings(self) -> Settings:
+        from thumbwheel.settings import load
+
+        return load(self.config)
+
+    def log(self, settings: Settings) -> SqliteLog:
+        from thumbwheel.log.sqlite import SqliteLog
+
+        return SqliteLog(settings.path(settings.log.path))
+
+    def rollout(self, log: SqliteLog) -> Rollout:
+        from thumbwheel.reader import RolloutFollower
+
+        follower = RolloutFollower(log)
+        follower.poll()
+        return follower.state
+
+
+pass_context = click.make_pass_decorator(_Context)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="Settings file [./thumbwheel.toml].")
+@click.pass_context
+def cli(context: click.Context, config: Path | None) -> None:
+    """Thumbs in, better adapters out: an online feedback loop around vLLM and LoRA adapters."""
+    context.obj = _Context(config)
+
+
+@cli.command()
+@pass_context
+def up(context: _Context) -> None:
+    """Run the whole loop on this machine: gateway and engine, learner, guardrails, controller."""
+    from serve.auth import ensure
+
+    from thumbwheel.daemon import configure_logging
+    from thumbwheel.up import Supervisor
+
+    settings = context.settings
+    configure_logging("up")
+    keys = settings.path(settings.gateway.keys)
+    for name, scopes in {
+        "app": ("inference", "feedback"),
+        "operator": ("inference", "operator"),
+        "evaluator": ("inference", "evaluator"),
+    }.items():
+        ensure(keys, name, scopes, settings.data.absolute() / f"{name}.key")
+    gateway = settings.gateway
+    click.echo(f"gateway   http://{gateway.host}:{gateway.port}/v1   model {gateway.model_name}", err=True)
+    click.echo(f"API key   in {settings.data.absolute() / 'app.key'}", err=True)
+    Supervisor(context.config, grace_s=gateway.drain_s + 30).run()
+
+
+@cli.command()
+@pass_context
+def serve(context: _Context) -> None:
+    """Run the gateway, and the engine behind it."""
+    from serve.main import run
+
+    run(context.settings)
+
+
+@cli.command()
+@pass_context
+def learn(context: _Context) -> None:
+    """Run the learner: votes in, candidates out."""
+    from learner.daemon import run
+
+    run(context.settings)
+
+
+@cli.command()
+@click.argument("version", required=False)
+@as_json
+@pass_context
+def evaluate(context: _Context, version: str | None, json_: bool) -> None:
+    """Run the guardrails over every new candidate, or once over VERSION without reporting it to the log."""
+    if version is None:
+        from guardrails.daemon import run
+
+        run(context.settings)
+        return
+    from guardrails.daemon import evaluate_once
+    from guardrails.report import render
+
+    report = evaluate_once(context.settings, version)
+    click.echo(report.model_dump_json(indent=2) if json_ else render(report))
+    sys.exit(0 if report.verdict == "pass" else 1)
+
+
+@cli.command()
+@pass_context
+def control(context: _Context) -> None:
+    """Run the controller: approved candidates that every replica has proved become the champion."""
+    from deploy.controller import run
+
+    run(context.settings)
+
+
+@cli.group()
+def adapters() -> None:
+    """Look at versions and decide about them."""
+
+
+@adapters.command("list")
+@as_json
+@pass_context
+def list_adapters(context: _Context, json_: bool) -> None:
+    """Every version, its state, and who serves what."""
+    from deploy.view import as_json as to_json
+    from deploy.view import table
+
+    state = context.rollout(context.log(context.settings))
+    click.echo(json.dumps(to_json(state), indent=2) if json_ else table(state))
+
+
+@adapters.command()
+@click.argument("version")
+@as_json
+@pass_context
+def show(context: _Context, version: str, json_: bool) -> None:
+    """One version: what it learned from, how far it moved, what each gate saw, what was decided."""
+    from deploy.view import detail
+    from deploy.view import detail_json as to_json
+
+    from thumbwheel.store import AdapterStore
+
+    settings = context.settings
+    state = context.rollout(context.log(settings))
+    manifest = AdapterStore(settings.path(settings.store.path)).open(version).manifest
+    click.echo(json.dumps(to_json(state, version, manifest), indent=2) if json_ else detail(state, version, manifest))
+
+
+def _decision(function: Any) -> Any:
+    """The options that every decision takes."""
+    function = as_json(function)
+    function = click.option("--actor", help="Who decides [the user who is logged in].")(function)
+    return click.option("--reason", required=True, help="Why; kept in the audit trail.")(function)
+
+
+def _decide(context: _Context, verb: str, json_: bool, **arguments: Any) -> None:
+    import getpass
+
+    from deploy import decisions
+    from thumbwheel.log.port import message_of
+
+    arguments["actor"] = arguments["actor"] or getpass.getuser()
+    log = context.log(context.settings)
+    event = getattr(decisions, verb)(context.rollout(log), **arguments)
+    log.append(event.topic, [message_of(event)])
+    click.echo(event.model_dump_json(indent=2) if json_ else f"{event.type}: {event.version} {event.digest}")
+
+
+@adapters.command()
+@click.argument("version")
+@click.option("--digest", help="The digest that you looked at; refused where the version has another.")
+@click.option("--force", is_flag=True, help="Skip gates that failed or did not settle; stays in the audit trail.")
+@_decision
+@pass_context
+def approve(context: _Context, json_: bool, **arguments: Any) -> None:
+    """Let VERSION go live."""
+    _decide(context, "approve", json_, **arguments)
+
+
+@adapters.command()
+@click.argument("version")
+@click.option("--digest", help="The digest that you looked at; refused where the version has another.")
+@_decision
+@pass_context
+def reject(context: _Context, json_: bool, **arguments: Any) -> None:
+    """Decide that VERSION will not go live."""
+    _decide(context, "reject", json_, **arguments)
+
+
+@adapters.command()
+@click.option("--to", "version", help="An earlier champion, or `base` [the previous champion].")
+@_decision
+@pass_context
+def rollback(context: _Context, json_: bool, **arguments: Any) -> None:
+    """Put an earlier champion back."""
+    _decide(context, "roll_back", json_, **arguments)
+
+
+@cli.group()
+def log() -> None:
+    """Look at the event log."""
+
+
+@log.command()
+@click.argument("topic", required=False)
+@click.option("--from", "start", type=int, default=0, help="The first offset.")
+@as_json
+@pass_context
+def read(context: _Context, topic: str | None, start: int, json_: bool) -> None:
+    """Print a topic from an offset on; without TOPIC, say what each topic holds."""
+    from thumbwheel.events import TOPICS
+    from thumbwheel.reader import read_all
+
+    events = context.log(context.settings)
+    if topic is None:
+        ends = {name: dict(zip(("first", "next"), events.ends(name), strict=True)) for name in TOPICS}
+        lines = [f"{name}: offsets {end['first']} to {end['next'] - 1}" for name, end in ends.items()]
+        click.echo(json.dumps(ends) if json_ else "\n".join(lines))
+        return
+    if topic not in TOPICS:
+        raise click.UsageError(f"no topic {topic}; there are {', '.join(TOPICS)}")
+    for record in read_all(events, topic, start):
+        value = json.loads(record.message.value)
+        if json_:
+            click.echo(json.dumps({"offset": record.offset, **value}))
+        else:
+            click.echo(f"{record.offset:>8} {value['type']:<20} {record.message.key}")
+
+
+@log.command("schemas")
+def log_schemas() -> None:
+    """Print the JSON Schema of every event."""
+    from thumbwheel.events import schemas
+
+    click.echo(json.dumps(schemas(), indent=2))
+
+
+@cli.group()
+def keys() -> None:
+    """API keys of the gateway. Only their hashes are kept."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    type=click.Choice(["inference", "feedback", "evaluator", "operator"]),
+    help="What it may do; may be given several times.",
+)
+@pass_context
+def add_key(context: _Context, name: str, scopes: tuple[str, ...]) -> None:
+    """Make a key and print it, once."""
+    from serve.auth import create
+
+    settings = context.settings
+    click.echo(create(settings.path(settings.gateway.keys), name, scopes))
+
+
+@cli.command()
+@as_json
+@pass_context
+def doctor(context: _Context, json_: bool) -> None:
+    """Check what a start would need, and say in words what is wrong and how to mend it."""
+    from thumbwheel.doctor import examine
+
+    findings = examine(context.settings)
+    if json_:
+        click.echo(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{'ok     ' if finding.ok else 'PROBLEM'} {finding.what}: {finding.words}")
+    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@cli.command()
+@click.option("--cache", type=click.Path(path_type=Path), default=Path(".cache"), help="Where the model is kept.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the run's data in this directory.")
+@click.option("--short", is_flag=True, help="A fraction of the traffic: shows that it runs, measures nothing.")
+def demo(cache: Path, keep: Path | None, short: bool) -> None:
+    """The main job on real input, from chats and thumbs to a swap, with a table of before and after."""
+    from learner.gguf import demo_model
+    from thumbwheel.demo.play import play
+
+    play(demo_model(cache / "models"), keep, short)
+
+
+def main() -> None:
+    """Entry point: an error that explains itself is printed without a traceback."""
+    try:
+        cli()
+    except ThumbwheelError as error:
+        click.echo(f"thumbwheel: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The life of a program that follows the log: start, step until told to stop, leave in order."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from prometheus_client import start_http_server
+
+from thumbwheel.errors import LogError
+
+logger = logging.getLogger(__name__)
+
+
+def configure_logging(program: str) -> None:
+    """Plain lines on standard error, with the time and the program's name."""
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {program} %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+    )
+
+
+class Daemon:
+    """Runs a step over and over. SIGTERM and SIGINT end it after the step in progress."""
+
+    def __init__(self, metrics_port: int) -> None:
+        """`metrics_port` serves `/metrics`; 0 serves none."""
+        self._metrics_port = metrics_port
+        self.should_exit = threading.Event()
+
+    def run(self, step: Callable[[], bool], poll_s: float) -> None:
+        """Call `step` until told to stop; when it says that it found nothing to do, wait `poll_s` seconds.
+
+        A log that cannot be reached is waited for, 30 s at most between tries. Any other error ends the program:
+        its state is on disk, and what supervises it starts it again.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        if self._metrics_port:
+            start_http_server(self._metrics_port)
+        wait = poll_s
+        while not self.should_exit.is_set():
+            try:
+                busy = step()
+                wait = poll_s
+            except LogError as error:
+                wait = min(30.0, wait * 2)
+                logger.warning("%s; trying again in %.1f s", error, wait)
+                busy = False
+            if not busy:
+                self.should_exit.wait(wait)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        logger.info("%s: stopping", signal.Signals(number).name)
+        self.should_exit.set()

@@ -1,0 +1,36 @@
+"""What the demo's users ask: everyday questions, the held-out ones about subjects that no one asked about before."""
+
+import itertools
+import random
+
+FORMS = (
+    "What is {}?",
+    "Why do people like {}?",
+    "Give me one fact about {}.",
+    "Describe {} in a few words.",
+    "How does {} work?",
+    "Tell me about {}.",
+    "Is {} worth learning about?",
+    "What should a child know about {}?",
+)
+
+TRAFFIC_SUBJECTS = (
+    "rain", "a bicycle", "coffee", "the moon", "a library", "bread", "football", "gravity", "a mirror", "the ocean",
+    "jazz", "a telescope", "salt", "chess", "a volcano", "honey", "a river", "photography", "a train", "glass",
+    "sleep", "a garden", "a clock", "cheese", "snow", "a violin", "money", "a bridge", "yoga", "a map",
+    "tea", "a battery", "the desert", "painting", "a lighthouse", "soap", "a whale", "dancing", "a compass", "wood",
+    "a candle", "swimming", "rice", "a kite", "the heart", "paper", "a radio", "poetry", "an island", "cotton",
+)  # fmt: skip
+
+HELD_OUT_SUBJECTS = (
+    "thunder", "a piano", "chocolate", "the sun", "a museum", "an elephant", "tennis", "magnetism",
+    "a window", "a forest", "an umbrella", "silk", "a submarine", "pepper", "hiking", "a calendar",
+)  # fmt: skip
+
+
+def questions(subjects: tuple[str, ...], count: int, seed: int) -> list[str]:
+    """`count` different questions about the subjects, in an order that the seed fixes."""
+    every = [form.format(subject) for subject, form in itertools.product(subjects, FORMS)]
+    if count > len(every):
+        raise ValueError(f"only {len(every)} different questions about these subjects, not {count}")
+    return random.Random(seed).sample(every, count)

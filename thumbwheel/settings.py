@@ -1,0 +1,186 @@
+"""One typed settings file, `thumbwheel.toml`, with overrides from the environment.
+
+`THUMBWHEEL_LEARNER__BETA=0.2` overrides `beta` in the section `[learner]`. Secrets are never written here: API keys
+live as hashes in the file that `[gateway] keys` names, and clients of it read theirs from the environment or a file.
+Paths are relative to `data`. `thumbwheel doctor --settings` prints what is in force.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from pydantic_settings import (
+    SettingsError as SettingsSourceError,
+)
+
+from thumbwheel.errors import SettingsError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LogSettings(Section):
+    """Where events go."""
+
+    backend: Literal["sqlite"] = "sqlite"
+    path: Path = Path("log.sqlite")
+
+
+class StoreSettings(Section):
+    """Where adapter versions lie."""
+
+    path: Path = Path("adapters")
+
+
+class EngineSettings(Section):
+    """The vLLM behind the gateway: started by it, or given by `url` (then its `arguments` are yours to set)."""
+
+    model: Path = Path("model")
+    url: str = ""
+    port: Port = 0
+    arguments: list[str] = []
+    environment: dict[str, str] = {}
+    max_loras: Annotated[int, Field(ge=2)] = 3
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    max_model_len: Count = 2048
+    start_timeout_s: Positive = 600.0
+    request_timeout_s: Positive = 600.0
+
+
+class GatewaySettings(Section):
+    """The OpenAI-compatible server."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8100
+    model_name: str = "policy"
+    replica: str = "r1"
+    keys: Path = Path("keys.json")
+    max_body_bytes: Count = 1_000_000
+    poll_s: Positive = 0.1
+    report_every_s: Positive = 20.0
+    drain_s: Positive = 30.0
+
+
+class LearnerSettings(Section):
+    """When to learn, from what, how hard, and how far the policy may move from the reference."""
+
+    metrics_port: Port = 8101
+    algorithm: Literal["kto"] = "kto"
+    batch: Count = 16
+    updates_per_candidate: Count = 4
+    rank: Literal[1, 8, 16, 32, 64] = 8
+    lora_alpha: Positive = 16.0
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    learning_rate: Positive = 1e-4
+    beta: Positive = 0.1
+    weight_up: Positive = 1.0
+    weight_down: Positive = 1.0
+    max_grad_norm: Positive = 1.0
+    kl_budget: Positive = 4.0
+    """Upper bound of KL to the reference, nats per sequence, that no candidate may pass."""
+    kl_confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    kl_prompts: Path | None = None
+    """Held-out prompts, one JSON object a line: {"messages": [...]}. None: prompts set aside from the log."""
+    kl_samples: Count = 64
+    max_tokens: Count = 256
+    """Longest answer sampled when KL is measured, in tokens."""
+    settle_s: Annotated[float, Field(ge=0)] = 5.0
+    """How long a vote may still be changed before it is learned from."""
+    poll_s: Positive = 0.5
+    seed: int = 0
+    threads: int = 0
+    device: str = "cpu"
+
+
+class GuardrailSettings(Section):
+    """Which suites a candidate has to pass. A suite is a YAML file, or the name of one that ships."""
+
+    metrics_port: Port = 8102
+    gateway: str = "http://127.0.0.1:8100"
+    key_file: Path = Path("evaluator.key")
+    """Holds the API key (scope evaluator) that the guardrails use; `$THUMBWHEEL_EVALUATOR_KEY` comes first."""
+    suites: list[str] = ["default"]
+    poll_s: Positive = 0.5
+    concurrency: Count = 16
+
+
+class DeploySettings(Section):
+    """Who decides, and when a replica counts as gone."""
+
+    metrics_port: Port = 8103
+    approval: Literal["manual", "auto"] = "manual"
+    replica_silence_s: Positive = 60.0
+    poll_s: Positive = 0.1
+
+
+class Settings(BaseSettings):
+    """All of it. Immutable."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="THUMBWHEEL_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    data: Path = Path("state")
+    log: LogSettings = LogSettings()
+    store: StoreSettings = StoreSettings()
+    engine: EngineSettings = EngineSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    learner: LearnerSettings = LearnerSettings()
+    guardrails: GuardrailSettings = GuardrailSettings()
+    deploy: DeploySettings = DeploySettings()
+
+    def path(self, relative: Path) -> Path:
+        """A path of the settings, made absolute: relative ones lie under `data`."""
+        return (self.data / relative).absolute()
+
+
+def load(path: Path | None = None) -> Settings:
+    """Read settings from `path`, else from `$THUMBWHEEL_CONFIG`, else from `thumbwheel.toml` if it is there.
+
+    Raises SettingsError with one line a mistake: the setting's name, what is wrong and what was given.
+    """
+    chosen = path or (Path(os.environ["THUMBWHEEL_CONFIG"]) if "THUMBWHEEL_CONFIG" in os.environ else None)
+    if chosen is not None and not chosen.is_file():
+        raise SettingsError(f"there is no settings file {chosen}")
+    file = chosen or Path("thumbwheel.toml")
+
+    class Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (env_settings, TomlConfigSettingsSource(settings_cls, file))
+
+    try:
+        return Loaded()
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in problem['loc'])}: {problem['msg']} (given: {problem['input']!r})"
+            for problem in error.errors()
+        ]
+        raise SettingsError(f"{file} or a THUMBWHEEL_ variable has mistakes:\n" + "\n".join(lines)) from error
+    except (SettingsSourceError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
