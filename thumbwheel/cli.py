@@ -65,7 +65,6 @@ def cli(context: click.Context, config: Path | None) -> None:
 def up(context: _Context) -> None:
     """Run the whole loop on this machine: gateway and engine, learner, guardrails, controller."""
     from serve.auth import ensure
-
     from thumbwheel.daemon import configure_logging
     from thumbwheel.up import Supervisor
 
@@ -155,7 +154,6 @@ def show(context: _Context, version: str, json_: bool) -> None:
     """One version: what it learned from, how far it moved, what each gate saw, what was decided."""
     from deploy.view import detail
     from deploy.view import detail_json as to_json
-
     from thumbwheel.store import AdapterStore
 
     settings = context.settings
@@ -190,7 +188,7 @@ def _decide(context: _Context, verb: str, json_: bool, **arguments: Any) -> None
 @click.option("--force", is_flag=True, help="Skip gates that failed or did not settle; stays in the audit trail.")
 @_decision
 @pass_context
-def approve(context: _Context, json_: bool, **arguments: Any) -> None:
+def approve(context: _Context, /, json_: bool, **arguments: Any) -> None:
     """Let VERSION go live."""
     _decide(context, "approve", json_, **arguments)
 
@@ -200,7 +198,7 @@ def approve(context: _Context, json_: bool, **arguments: Any) -> None:
 @click.option("--digest", help="The digest that you looked at; refused where the version has another.")
 @_decision
 @pass_context
-def reject(context: _Context, json_: bool, **arguments: Any) -> None:
+def reject(context: _Context, /, json_: bool, **arguments: Any) -> None:
     """Decide that VERSION will not go live."""
     _decide(context, "reject", json_, **arguments)
 
@@ -209,7 +207,7 @@ def reject(context: _Context, json_: bool, **arguments: Any) -> None:
 @click.option("--to", "version", help="An earlier champion, or `base` [the previous champion].")
 @_decision
 @pass_context
-def rollback(context: _Context, json_: bool, **arguments: Any) -> None:
+def rollback(context: _Context, /, json_: bool, **arguments: Any) -> None:
     """Put an earlier champion back."""
     _decide(context, "roll_back", json_, **arguments)
 

@@ -132,9 +132,9 @@ def _roll_back(state: Rollout, event: AdapterRolledBack) -> Rollout:
         return _ignore(state, event, f"{event.version} is the champion already")
     if event.version != BASE and (target is None or target.status != "promoted" or target.digest != event.digest):
         return _ignore(state, event, f"{event.version} was never champion, or is not {event.digest}")
-    leaving = state.candidates[state.champion]
-    rolled = _with(state, replace(leaving, status="rolled_back"), event)
-    return replace(rolled, champion=event.version, previous=None)
+    rolled = replace(state, champion=event.version, previous=None)
+    leaving = state.candidates.get(state.champion)  # None: back from base to a champion before it
+    return rolled if leaving is None else _with(rolled, replace(leaving, status="rolled_back"), event)
 
 
 def _with(state: Rollout, candidate: Candidate, event: RolloutEvent) -> Rollout:

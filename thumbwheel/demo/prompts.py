@@ -1,4 +1,4 @@
-"""What the demo's users ask: everyday questions, the held-out ones about subjects that no one asked about before."""
+"""What the demo's users ask: everyday questions. Three sets of subjects that share none: traffic, held out, KL."""
 
 import itertools
 import random
@@ -6,8 +6,8 @@ import random
 FORMS = (
     "What is {}?",
     "Why do people like {}?",
-    "Give me one fact about {}.",
-    "Describe {} in a few words.",
+    "Explain {} to me.",
+    "What makes {} special?",
     "How does {} work?",
     "Tell me about {}.",
     "Is {} worth learning about?",
@@ -26,6 +26,12 @@ HELD_OUT_SUBJECTS = (
     "thunder", "a piano", "chocolate", "the sun", "a museum", "an elephant", "tennis", "magnetism",
     "a window", "a forest", "an umbrella", "silk", "a submarine", "pepper", "hiking", "a calendar",
 )  # fmt: skip
+
+KL_SUBJECTS = (
+    "a drum", "fog", "a castle", "lemons", "skating", "a robot", "wool", "the wind", "a parrot", "ice",
+    "a market", "opera",
+)  # fmt: skip
+"""For measuring KL to the reference: asked by the learner alone."""
 
 
 def questions(subjects: tuple[str, ...], count: int, seed: int) -> list[str]:

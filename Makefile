@@ -1,0 +1,50 @@
+# make demo   the main job on real input, from chats and thumbs to a swap, with a table of before and after
+# make test   formatting, types, every test
+# Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
+
+PYTHON ?= python3
+ENGINE ?= engine-cpu
+# A folder of wheels that pip knows may hold the CPU build of torch; uv reads the same folder under another name.
+# Without one, uv finds that build by itself.
+TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
+empty :=
+comma := ,
+export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test unit lint format bench setup clean
+
+demo: setup
+	$(BIN)/thumbwheel demo
+
+test: lint
+	$(BIN)/pytest -q --durations=15
+
+unit: setup
+	$(BIN)/pytest -q -m "not engine and not kube"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m bench.gateway_overhead
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
+		--editable '.[learner,$(ENGINE),demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

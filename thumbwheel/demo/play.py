@@ -1,0 +1,323 @@
+"""The demo from its first chat to its table."""
+
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from thumbwheel import process
+from thumbwheel.demo.loop import Loop
+from thumbwheel.demo.prompts import HELD_OUT_SUBJECTS, TRAFFIC_SUBJECTS, questions
+from thumbwheel.demo.table import Outcome, Rate, show
+from thumbwheel.demo.users import PATIENCE, Answer, population
+from thumbwheel.errors import ThumbwheelError
+from thumbwheel.events import BASE, FEEDBACK, AdapterPromoted
+from thumbwheel.rollout import Candidate
+
+MAX_TOKENS = 96
+CLIENTS = 24
+SWAP_CLIENTS = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    held_out: int = 96
+    batch: int = 16
+    updates: int = 15
+    kl_samples: int = 64
+    greedy_updates: int = 15
+    greedy_held_out: int = 64
+
+    @property
+    def votes(self) -> int:
+        return self.batch * self.updates
+
+
+SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=8, greedy_updates=2, greedy_held_out=8)
+
+
+@dataclass
+class Traffic:
+    """The app: a stock OpenAI client, and how many of its requests failed."""
+
+    loop: Loop
+    failed: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def client(self, key: str) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.loop.url}/v1", api_key=self.loop.key(key), max_retries=0, timeout=300
+        )
+
+    async def ask(
+        self, client: openai.AsyncOpenAI, question: str, user: str, model: str = "policy", store: bool = False
+    ) -> Answer | None:
+        """One chat. None where it failed, which is counted."""
+        try:
+            raw = await client.chat.completions.with_raw_response.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=MAX_TOKENS,
+                temperature=1.0,
+                user=user,
+                store=store,
+            )
+        except openai.OpenAIError as error:
+            self.failed += 1
+            self.errors.append(str(error))
+            return None
+        answer = raw.parse()
+        choice = answer.choices[0]
+        return Answer(
+            response_id=answer.id,
+            question=question,
+            text=choice.message.content or "",
+            finish_reason=choice.finish_reason,
+            tokens=answer.usage.completion_tokens if answer.usage else 0,
+            version=raw.headers["x-thumbwheel-version"],
+        )
+
+    async def ask_all(self, asked: Sequence[str], tick: Callable[[], None], key: str, model: str) -> list[Answer]:
+        """Held-out questions, kept off the log: nothing is learned from them."""
+        gate = asyncio.Semaphore(CLIENTS)
+        async with self.client(key) as client:
+
+            async def one(question: str) -> Answer | None:
+                async with gate:
+                    answer = await self.ask(client, question, "evaluation", model)
+                tick()
+                return answer
+
+            return [answer for answer in await asyncio.gather(*map(one, asked)) if answer is not None]
+
+    async def chat_and_vote(self, asked: Sequence[str], votes: int, tick: Callable[[], None]) -> tuple[int, int]:
+        """Users chat and vote until `votes` votes are in. The ups and downs."""
+        chance = random.Random(3)
+        users = population(40, seed=3)
+        waiting = iter(asked)
+        given = {"up": 0, "down": 0}
+        async with self.client("app") as client:
+
+            async def one_user_after_another() -> None:
+                for question in waiting:
+                    if sum(given.values()) >= votes:
+                        return
+                    user = chance.choice(users)
+                    answer = await self.ask(client, question, user.name, store=True)
+                    rating = user.vote(answer, chance) if answer is not None else None
+                    if answer is None or rating is None or sum(given.values()) >= votes:
+                        continue
+                    given[rating] += 1
+                    body = {"response_id": answer.response_id, "rating": rating, "user": user.name}
+                    try:
+                        await client.post("/feedback", cast_to=object, body=body)
+                    except openai.OpenAIError as error:
+                        self.failed += 1
+                        self.errors.append(str(error))
+                    tick()
+
+            await asyncio.gather(*(one_user_after_another() for _ in range(CLIENTS)))
+        return given["up"], given["down"]
+
+    @contextlib.asynccontextmanager
+    async def load(self) -> AsyncIterator[list[tuple[float, str]]]:
+        """Constant load, half of it streaming: (when a request began, which version served it), growing."""
+        served: list[tuple[float, str]] = []
+        enough = asyncio.Event()
+        async with self.client("app") as client:
+
+            async def run(stream: bool) -> None:
+                while not enough.is_set():
+                    began = time.time()
+                    try:
+                        raw = await client.chat.completions.with_raw_response.create(
+                            model="policy",
+                            messages=[{"role": "user", "content": "How are you today?"}],
+                            max_tokens=16,
+                            stream=stream,
+                            store=False,
+                        )
+                        parsed = raw.parse()
+                        if isinstance(parsed, openai.AsyncStream):
+                            async for _ in parsed:
+                                pass
+                        served.append((began, raw.headers["x-thumbwheel-version"]))
+                    except openai.OpenAIError as error:
+                        self.failed += 1
+                        self.errors.append(str(error))
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(SWAP_CLIENTS):
+                    group.create_task(run(stream=number % 2 == 0))
+                try:
+                    yield served
+                finally:
+                    enough.set()
+
+
+class Stage:
+    """One line of progress at a time."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextlib.contextmanager
+    def __call__(self, words: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        ]
+        began = time.monotonic()
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(words, total=total)
+            yield lambda: progress.advance(task, 1 if total else 0)
+        self._console.print(f"[green]✓[/] {words} [dim]{time.monotonic() - began:.0f} s[/]")
+
+
+def play(model: Path, keep: Path | None, short: bool) -> None:
+    """Run it all and print the table; the last line is one JSON object. Leaves nothing running.
+
+    Raises ThumbwheelError where a part does not do what it should.
+    """
+    data = keep.absolute() if keep else Path(tempfile.mkdtemp(prefix="thumbwheel-demo-"))
+    try:
+        asyncio.run(_play(model.absolute(), data, SHORT if short else Size()))
+    finally:
+        if keep is None:
+            shutil.rmtree(data, ignore_errors=True)
+
+
+async def _play(model: Path, data: Path, size: Size) -> None:
+    console = Console()
+    stage = Stage(console)
+    held_out = questions(HELD_OUT_SUBJECTS, size.held_out, seed=1)
+    console.print(
+        f"Users ask {model.name} everyday questions. A thumb goes up when the answer ends by itself within {PATIENCE} "
+        "tokens; nobody checks whether it makes sense."
+    )
+    with Loop(data, model, batch=size.batch, updates=size.updates, samples=size.kl_samples, suite="demo") as loop:
+        traffic = Traffic(loop)
+        with stage("vLLM and the gateway start") as tick:
+            await asyncio.to_thread(loop.wait, loop.ready, "the gateway's readiness", 300, tick)
+        with stage("held-out questions, before", len(held_out)) as tick:
+            before = await traffic.ask_all(held_out, tick, "app", "policy")
+        with stage("users chat and vote", size.votes) as tick:
+            ups, downs = await traffic.chat_and_vote(questions(TRAFFIC_SUBJECTS, 400, seed=2), size.votes, tick)
+        console.print(f"  {ups} thumbs up, {downs} down; on the log: {loop.log.ends(FEEDBACK)[1]}")
+        with stage("the learner updates the adapter and holds it to the KL budget") as tick:
+            candidate = await _wait_for_candidate(loop, 1, tick)
+        console.print(f"  {candidate.version} learned from {candidate.submitted.learned_from} votes")
+        with stage("the guardrails evaluate it through the gateway") as tick:
+            candidate = await _wait_for_report(loop, candidate.version, tick)
+        with stage("an operator approves it; the gateway swaps under load") as tick:
+            swap_s = await _approve_and_swap(loop, traffic, candidate, tick)
+        with stage("held-out questions, after", len(held_out)) as tick:
+            after = await traffic.ask_all(held_out, tick, "app", "policy")
+        with stage("a greedy learner, its KL budget switched off, learns from the same votes") as tick:
+            greedy = await _greedy(loop, size, tick)
+        with stage("the guardrails evaluate the greedy candidate") as tick:
+            greedy = await _wait_for_report(loop, greedy.version, tick)
+        with stage("held-out questions to the greedy candidate, pinned by an evaluator", size.greedy_held_out) as tick:
+            pinned = f"policy@{greedy.version}"
+            after_greedy = await traffic.ask_all(held_out[: size.greedy_held_out], tick, "evaluator", pinned)
+        refusal = _must_be_refused(loop, greedy)
+        outcome = Outcome(
+            before=Rate.of(before),
+            after=Rate.of(after),
+            after_greedy=Rate.of(after_greedy),
+            candidate=candidate,
+            greedy=greedy,
+            kl=loop.manifest(candidate.version).kl,
+            greedy_kl=loop.manifest(greedy.version).kl,
+            swap_s=swap_s,
+            failed_requests=traffic.failed,
+            refusal=refusal,
+        )
+        show(console, outcome, before, after, after_greedy)
+        for error in traffic.errors[:3]:
+            console.print(f"[red]a request failed: {error}")
+    print(json.dumps(outcome.as_json()))
+
+
+async def _wait_for_candidate(loop: Loop, count: int, tick: Callable[[], None]) -> Candidate:
+    def there() -> bool:
+        loop.rollout.poll()
+        return len(loop.rollout.state.candidates) >= count
+
+    await asyncio.to_thread(loop.wait, there, "a candidate", 600, tick)
+    return list(loop.rollout.state.candidates.values())[-1]
+
+
+async def _wait_for_report(loop: Loop, version: str, tick: Callable[[], None]) -> Candidate:
+    def there() -> bool:
+        loop.rollout.poll()
+        return loop.rollout.state.candidates[version].report is not None
+
+    await asyncio.to_thread(loop.wait, there, f"the report on {version}", 600, tick)
+    return loop.rollout.state.candidates[version]
+
+
+async def _approve_and_swap(loop: Loop, traffic: Traffic, candidate: Candidate, tick: Callable[[], None]) -> float:
+    """Approve under load; seconds from the approval to the first request that the new version serves."""
+    async with traffic.load() as served:
+        await asyncio.sleep(2)
+        code, words = await asyncio.to_thread(
+            loop.command, "adapters", "approve", candidate.version, "--digest", candidate.digest,
+            "--actor", "demo-operator", "--reason", "ups rise, every gate passes",
+        )  # fmt: skip
+        if code != 0:
+            raise ThumbwheelError(f"the approval of {candidate.version} was refused: {words}")
+        await asyncio.to_thread(
+            loop.wait, lambda: any(version == candidate.version for _, version in served), "the swap", 120, tick
+        )
+        await asyncio.sleep(2)
+    loop.rollout.poll()
+    promoted = loop.rollout.state.candidates[candidate.version]
+    approved_at = promoted.approval.time if promoted.approval else 0.0
+    promoted_at = next(event.time for event in promoted.history if isinstance(event, AdapterPromoted))
+    first = min(began for began, version in served if version == candidate.version)
+    late = [began for began, version in served if version == BASE and began > promoted_at + 1]
+    if late:
+        raise ThumbwheelError(f"{len(late)} requests were served by the old version a second after the promotion")
+    return first - approved_at
+
+
+async def _greedy(loop: Loop, size: Size, tick: Callable[[], None]) -> Candidate:
+    learner = loop.another_learner(
+        {
+            "THUMBWHEEL_LEARNER__STATE": "greedy-learner",
+            "THUMBWHEEL_LEARNER__METRICS_PORT": "0",
+            "THUMBWHEEL_LEARNER__KL_BUDGET": "inf",
+            "THUMBWHEEL_LEARNER__LEARNING_RATE": "3e-3",
+            "THUMBWHEEL_LEARNER__UPDATES_PER_CANDIDATE": str(size.greedy_updates),
+        }
+    )
+    try:
+        return await _wait_for_candidate(loop, 2, tick)
+    finally:
+        await asyncio.to_thread(process.stop, learner, 20)
+
+
+def _must_be_refused(loop: Loop, greedy: Candidate) -> str:
+    """Try to approve it all the same; what the command line answers."""
+    code, words = loop.command(
+        "adapters", "approve", greedy.version, "--actor", "demo-operator", "--reason", "more ups"
+    )
+    if code == 0:
+        raise ThumbwheelError(f"{greedy.version} was approved although its gates did not pass")
+    return words
