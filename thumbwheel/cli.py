@@ -142,8 +142,11 @@ def list_adapters(context: _Context, json_: bool) -> None:
     from deploy.view import as_json as to_json
     from deploy.view import table
 
-    state = context.rollout(context.log(context.settings))
-    click.echo(json.dumps(to_json(state), indent=2) if json_ else table(state))
+    settings = context.settings
+    state = context.rollout(context.log(settings))
+    silence_s = settings.deploy.replica_silence_s
+    view = json.dumps(to_json(state, silence_s=silence_s), indent=2) if json_ else table(state, silence_s=silence_s)
+    click.echo(view)
 
 
 @adapters.command()
@@ -179,6 +182,7 @@ def _decide(context: _Context, verb: str, json_: bool, **arguments: Any) -> None
     log = context.log(context.settings)
     event = getattr(decisions, verb)(context.rollout(log), **arguments)
     log.append(event.topic, [message_of(event)])
+    decisions.confirm(context.rollout(log), event)  # somebody else may have decided in between
     click.echo(event.model_dump_json(indent=2) if json_ else f"{event.type}: {event.version} {event.digest}")
 
 
