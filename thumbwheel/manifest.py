@@ -8,7 +8,8 @@ from thumbwheel.events import BASE
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # An infinite budget is written as "Infinity": as a number it would not be JSON, as null it could not be read back.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class KLBound(Part):

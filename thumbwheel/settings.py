@@ -80,7 +80,7 @@ class LearnerSettings(Section):
 
     metrics_port: Port = 8101
     algorithm: Literal["kto"] = "kto"
-    batch: Count = 16
+    batch: Annotated[int, Field(ge=2)] = 16
     updates_per_candidate: Count = 4
     rank: Literal[1, 8, 16, 32, 64] = 8
     lora_alpha: Positive = 16.0

@@ -31,20 +31,28 @@ class _Program:
 
 
 class Supervisor:
-    """Keeps programs running until SIGTERM or SIGINT, then ends them, the gateway last."""
+    """Keeps programs running until SIGTERM or SIGINT, then ends them, the gateway last.
+
+    SIGHUP starts all but the gateway again, with the settings as they are now: chats and thumbs go on meanwhile.
+    """
 
     def __init__(self, config: Path | None, programs: dict[str, str] = PROGRAMS, grace_s: float = 60.0) -> None:
         command = [sys.executable, "-m", "thumbwheel.cli", *(["--config", str(config)] if config else [])]
         self._programs = [_Program(name, [*command, verb]) for name, verb in programs.items()]
         self._grace_s = grace_s
         self._should_exit = threading.Event()
+        self._should_renew = threading.Event()
 
     def run(self) -> None:
         """Block until told to stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._should_exit.set())
+        signal.signal(signal.SIGHUP, lambda *_: self._should_renew.set())
         try:
             while not self._should_exit.is_set():
+                if self._should_renew.is_set():
+                    self._should_renew.clear()
+                    self._renew()
                 for program in self._programs:
                     self._tend(program, time.monotonic())
                 self._should_exit.wait(0.2)
@@ -52,6 +60,12 @@ class Supervisor:
             for program in reversed(self._programs):
                 if program.process is not None:
                     process.stop(program.process, self._grace_s)
+
+    def _renew(self) -> None:
+        for program in self._programs[1:]:
+            if program.process is not None:
+                process.stop(program.process, self._grace_s)
+                program.process, program.due = None, 0.0
 
     def _tend(self, program: _Program, now: float) -> None:
         if program.process is not None and (code := program.process.poll()) is not None:

@@ -1,13 +1,14 @@
 """The loop under the demo: `thumbwheel up` as a newcomer would run it, and its command line."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from thumbwheel import process
@@ -38,8 +39,8 @@ batch = {batch}
 updates_per_candidate = {updates}
 rank = 8
 target_modules = ["o_proj", "down_proj"]
-learning_rate = 5e-4
-kl_budget = 4.0
+learning_rate = {learning_rate}
+kl_budget = {kl_budget}
 kl_prompts = "kl_prompts.jsonl"
 kl_samples = {samples}
 max_tokens = 96
@@ -48,26 +49,36 @@ settle_s = 1.0
 [guardrails]
 metrics_port = {guardrails}
 gateway = "http://127.0.0.1:{gateway}"
-suites = ["{suite}"]
+suites = ["demo"]
 
 [deploy]
 metrics_port = {control}
 approval = "manual"
 """
 
+LEARNING_RATE = 1.3e-3
+KL_BUDGET = 4.0
+GREEDY_LEARNING_RATE = 5e-3
+
 
 class Loop:
     """A running `thumbwheel up` on free ports, with its data in one directory. A context manager: it stops it."""
 
-    def __init__(self, data: Path, model: Path, *, batch: int, updates: int, samples: int, suite: str) -> None:
+    def __init__(self, data: Path, model: Path, *, batch: int, updates: int, kl_samples: int) -> None:
         ports = dict(zip(("gateway", "learner", "guardrails", "control"), _free_ports(4), strict=True))
         data.mkdir(parents=True, exist_ok=True)
         self.data = data
         self.config = data / "thumbwheel.toml"
-        self.config.write_text(
-            SETTINGS.format(data=data, model=model, batch=batch, updates=updates, samples=samples, suite=suite, **ports)
-        )
-        asked = questions(KL_SUBJECTS, samples, seed=7)
+        self._values = {
+            "data": data,
+            "model": model,
+            "batch": batch,
+            "updates": updates,
+            "samples": kl_samples,
+            **ports,
+        }
+        self._configure(LEARNING_RATE, KL_BUDGET)
+        asked = questions(KL_SUBJECTS, kl_samples, seed=7)
         lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) for question in asked]
         (data / "kl_prompts.jsonl").write_text("\n".join(lines) + "\n")
         self.settings = load(self.config)
@@ -76,6 +87,14 @@ class Loop:
         self._up = process.start([*self._command, "up"], output=self._output)
         self.log = SqliteLog(self.settings.path(self.settings.log.path))
         self.rollout = RolloutFollower(self.log)
+
+    def _configure(self, learning_rate: float, kl_budget: float) -> None:
+        self.config.write_text(SETTINGS.format(learning_rate=learning_rate, kl_budget=kl_budget, **self._values))
+
+    def be_greedy(self) -> None:
+        """Switch the KL budget off and turn the learning rate up; the learner starts again with that."""
+        self._configure(GREEDY_LEARNING_RATE, float("inf"))
+        self._up.send_signal(signal.SIGHUP)
 
     @property
     def _command(self) -> list[str]:
@@ -119,10 +138,6 @@ class Loop:
         """Run a command of the command line; its exit code and what it printed."""
         done = subprocess.run([*self._command, *arguments], capture_output=True, text=True, check=False)
         return done.returncode, (done.stdout + done.stderr).strip()
-
-    def another_learner(self, overrides: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """A second learner over the same log, with settings of its own."""
-        return process.start([*self._command, "learn"], overrides, self._output)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -15,7 +15,6 @@ import openai
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from thumbwheel import process
 from thumbwheel.demo.loop import Loop
 from thumbwheel.demo.prompts import HELD_OUT_SUBJECTS, TRAFFIC_SUBJECTS, questions
 from thumbwheel.demo.table import Outcome, Rate, show
@@ -35,9 +34,8 @@ class Size:
 
     held_out: int = 96
     batch: int = 16
-    updates: int = 15
+    updates: int = 8
     kl_samples: int = 64
-    greedy_updates: int = 15
     greedy_held_out: int = 64
 
     @property
@@ -45,7 +43,7 @@ class Size:
         return self.batch * self.updates
 
 
-SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=8, greedy_updates=2, greedy_held_out=8)
+SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8)
 
 
 @dataclass
@@ -102,22 +100,23 @@ class Traffic:
 
             return [answer for answer in await asyncio.gather(*map(one, asked)) if answer is not None]
 
-    async def chat_and_vote(self, asked: Sequence[str], votes: int, tick: Callable[[], None]) -> tuple[int, int]:
-        """Users chat and vote until `votes` votes are in. The ups and downs."""
+    async def chat_and_vote(self, asked: Iterator[str], votes: int, tick: Callable[[], None]) -> tuple[int, int]:
+        """Users chat and vote; they take their questions from `asked`. The ups and downs.
+
+        They go on until `votes` votes are in and a tenth of those are ups: a learner needs both in every batch.
+        """
         chance = random.Random(3)
         users = population(40, seed=3)
-        waiting = iter(asked)
         given = {"up": 0, "down": 0}
         async with self.client("app") as client:
 
             async def one_user_after_another() -> None:
-                for question in waiting:
-                    if sum(given.values()) >= votes:
-                        return
+                while sum(given.values()) < votes or 10 * given["up"] < votes:
+                    question = next(asked)
                     user = chance.choice(users)
                     answer = await self.ask(client, question, user.name, store=True)
                     rating = user.vote(answer, chance) if answer is not None else None
-                    if answer is None or rating is None or sum(given.values()) >= votes:
+                    if answer is None or rating is None:
                         continue
                     given[rating] += 1
                     body = {"response_id": answer.response_id, "rating": rating, "user": user.name}
@@ -196,13 +195,14 @@ def play(model: Path, keep: Path | None, short: bool) -> None:
     """
     data = keep.absolute() if keep else Path(tempfile.mkdtemp(prefix="thumbwheel-demo-"))
     try:
-        asyncio.run(_play(model.absolute(), data, SHORT if short else Size()))
+        asyncio.run(_play(model.absolute(), data, short))
     finally:
         if keep is None:
             shutil.rmtree(data, ignore_errors=True)
 
 
-async def _play(model: Path, data: Path, size: Size) -> None:
+async def _play(model: Path, data: Path, short: bool) -> None:
+    size = SHORT if short else Size()
     console = Console()
     stage = Stage(console)
     held_out = questions(HELD_OUT_SUBJECTS, size.held_out, seed=1)
@@ -210,29 +210,30 @@ async def _play(model: Path, data: Path, size: Size) -> None:
         f"Users ask {model.name} everyday questions. A thumb goes up when the answer ends by itself within {PATIENCE} "
         "tokens; nobody checks whether it makes sense."
     )
-    with Loop(data, model, batch=size.batch, updates=size.updates, samples=size.kl_samples, suite="demo") as loop:
+    with Loop(data, model, batch=size.batch, updates=size.updates, kl_samples=size.kl_samples) as loop:
         traffic = Traffic(loop)
+        asked = iter(questions(TRAFFIC_SUBJECTS, 400, seed=2))
         with stage("vLLM and the gateway start") as tick:
             await asyncio.to_thread(loop.wait, loop.ready, "the gateway's readiness", 300, tick)
         with stage("held-out questions, before", len(held_out)) as tick:
             before = await traffic.ask_all(held_out, tick, "app", "policy")
-        with stage("users chat and vote", size.votes) as tick:
-            ups, downs = await traffic.chat_and_vote(questions(TRAFFIC_SUBJECTS, 400, seed=2), size.votes, tick)
-        console.print(f"  {ups} thumbs up, {downs} down; on the log: {loop.log.ends(FEEDBACK)[1]}")
+        await _chat(console, stage, traffic, asked, size.votes)
         with stage("the learner updates the adapter and holds it to the KL budget") as tick:
             candidate = await _wait_for_candidate(loop, 1, tick)
-        console.print(f"  {candidate.version} learned from {candidate.submitted.learned_from} votes")
-        with stage("the guardrails evaluate it through the gateway") as tick:
+        with stage(f"the guardrails evaluate {candidate.version} through the gateway") as tick:
             candidate = await _wait_for_report(loop, candidate.version, tick)
-        with stage("an operator approves it; the gateway swaps under load") as tick:
-            swap_s = await _approve_and_swap(loop, traffic, candidate, tick)
+        with stage(f"an operator approves {candidate.version}; the gateway swaps under load") as tick:
+            swap_s = await _approve_and_swap(loop, traffic, candidate, short, tick)
         with stage("held-out questions, after", len(held_out)) as tick:
             after = await traffic.ask_all(held_out, tick, "app", "policy")
-        with stage("a greedy learner, its KL budget switched off, learns from the same votes") as tick:
-            greedy = await _greedy(loop, size, tick)
-        with stage("the guardrails evaluate the greedy candidate") as tick:
+        console.print("Now somebody switches the KL budget off and turns the learning rate up. Users go on voting.")
+        loop.be_greedy()
+        await _chat(console, stage, traffic, asked, size.votes)
+        with stage("the greedy learner updates the adapter") as tick:
+            greedy = await _wait_for_candidate(loop, 2, tick)
+        with stage(f"the guardrails evaluate {greedy.version}") as tick:
             greedy = await _wait_for_report(loop, greedy.version, tick)
-        with stage("held-out questions to the greedy candidate, pinned by an evaluator", size.greedy_held_out) as tick:
+        with stage(f"held-out questions to {greedy.version}, pinned by an evaluator", size.greedy_held_out) as tick:
             pinned = f"policy@{greedy.version}"
             after_greedy = await traffic.ask_all(held_out[: size.greedy_held_out], tick, "evaluator", pinned)
         refusal = _must_be_refused(loop, greedy)
@@ -254,6 +255,12 @@ async def _play(model: Path, data: Path, size: Size) -> None:
     print(json.dumps(outcome.as_json()))
 
 
+async def _chat(console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], votes: int) -> None:
+    with stage("users chat and vote", votes) as tick:
+        ups, downs = await traffic.chat_and_vote(asked, votes, tick)
+    console.print(f"  {ups} thumbs up, {downs} down; on the log: {traffic.loop.log.ends(FEEDBACK)[1]}")
+
+
 async def _wait_for_candidate(loop: Loop, count: int, tick: Callable[[], None]) -> Candidate:
     def there() -> bool:
         loop.rollout.poll()
@@ -272,13 +279,18 @@ async def _wait_for_report(loop: Loop, version: str, tick: Callable[[], None]) -
     return loop.rollout.state.candidates[version]
 
 
-async def _approve_and_swap(loop: Loop, traffic: Traffic, candidate: Candidate, tick: Callable[[], None]) -> float:
-    """Approve under load; seconds from the approval to the first request that the new version serves."""
+async def _approve_and_swap(
+    loop: Loop, traffic: Traffic, candidate: Candidate, force: bool, tick: Callable[[], None]
+) -> float:
+    """Approve under load; seconds from the approval to the first request that the new version serves.
+
+    `force` goes past gates that cannot settle on a short run's few answers.
+    """
     async with traffic.load() as served:
         await asyncio.sleep(2)
         code, words = await asyncio.to_thread(
             loop.command, "adapters", "approve", candidate.version, "--digest", candidate.digest,
-            "--actor", "demo-operator", "--reason", "ups rise, every gate passes",
+            "--actor", "demo-operator", "--reason", "read the report", *(["--force"] if force else []),
         )  # fmt: skip
         if code != 0:
             raise ThumbwheelError(f"the approval of {candidate.version} was refused: {words}")
@@ -295,22 +307,6 @@ async def _approve_and_swap(loop: Loop, traffic: Traffic, candidate: Candidate, 
     if late:
         raise ThumbwheelError(f"{len(late)} requests were served by the old version a second after the promotion")
     return first - approved_at
-
-
-async def _greedy(loop: Loop, size: Size, tick: Callable[[], None]) -> Candidate:
-    learner = loop.another_learner(
-        {
-            "THUMBWHEEL_LEARNER__STATE": "greedy-learner",
-            "THUMBWHEEL_LEARNER__METRICS_PORT": "0",
-            "THUMBWHEEL_LEARNER__KL_BUDGET": "inf",
-            "THUMBWHEEL_LEARNER__LEARNING_RATE": "3e-3",
-            "THUMBWHEEL_LEARNER__UPDATES_PER_CANDIDATE": str(size.greedy_updates),
-        }
-    )
-    try:
-        return await _wait_for_candidate(loop, 2, tick)
-    finally:
-        await asyncio.to_thread(process.stop, learner, 20)
 
 
 def _must_be_refused(loop: Loop, greedy: Candidate) -> str:
