@@ -16,6 +16,8 @@ from typing import Any
 
 from guardrails import suite as limits
 from guardrails.answers import Answer, Evidence
+from guardrails.verdicts import at_least, at_most, result, unknown
+from thumbwheel.events import CheckResult, Verdict
 from thumbwheel.statistics import (
     clopper_pearson,
     mcnemar_exact,
@@ -25,8 +27,6 @@ from thumbwheel.statistics import (
     ratio_of_means,
     slope_through_origin,
 )
-from guardrails.verdicts import at_least, at_most, result, unknown
-from thumbwheel.events import CheckResult, Verdict
 
 NOISE = 0.1
 """Root mean square, nats a token, below which a movement drowns in the difference between bf16 kernels."""

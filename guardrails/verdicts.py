@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from thumbwheel.statistics import Interval
 from thumbwheel.events import CheckResult, Verdict
+from thumbwheel.statistics import Interval
 
 
 def at_most(seen: Interval, limit: float) -> Verdict:

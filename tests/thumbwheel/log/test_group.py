@@ -46,7 +46,8 @@ async def test_events_keep_the_order_in_which_they_were_submitted(tmp_path: Path
 
 async def test_a_failed_transaction_tells_every_waiter_and_the_next_one_goes_on(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.sqlite")
-    append_all, log.append_all = log.append_all, _fail  # type: ignore[method-assign]
+    append_all = log.append_all
+    log.append_all = _fail  # type: ignore[method-assign, assignment]
     commit = GroupCommit(log)
     results = await asyncio.gather(*(commit.append(event(str(i))) for i in range(3)), return_exceptions=True)
     assert all(isinstance(result, LogError) for result in results)
