@@ -1,0 +1,51 @@
+"""The learner daemon: `thumbwheel learn`. Nothing heavy is imported before it runs."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thumbwheel.daemon import Daemon, configure_logging
+from thumbwheel.errors import SettingsError, ThumbwheelError
+from thumbwheel.log import SqliteLog
+
+if TYPE_CHECKING:
+    from thumbwheel.settings import Settings
+
+
+def run(settings: "Settings") -> None:
+    """Learn from votes until SIGTERM or SIGINT, which end it within seconds and lose nothing.
+
+    Raises SettingsError for settings that cannot work, ThumbwheelError where another learner has the same data.
+    """
+    configure_logging("learner")
+    check(settings)
+    place = settings.path(Path("learner"))
+    place.mkdir(parents=True, exist_ok=True)
+    lock = os.open(place / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ThumbwheelError(f"another learner is running on {place}: there may be one") from error
+
+    from learner.loop import Learner
+
+    daemon = Daemon(settings.learner.metrics_port)
+    log = SqliteLog(settings.path(settings.log.path))
+    learner = Learner(settings, log, daemon.should_exit)
+    try:
+        daemon.run(learner.step, settings.learner.poll_s)
+    finally:
+        learner.close()
+        log.close()
+        os.close(lock)
+
+
+def check(settings: "Settings") -> None:
+    """Raise SettingsError where an adapter of these settings could not be served or learned."""
+    rank, served = settings.learner.rank, settings.engine.max_lora_rank
+    if rank > served:
+        raise SettingsError(
+            f"[learner] rank is {rank}, but the engine serves adapters up to rank {served}: lower it, or raise "
+            "[engine] max_lora_rank"
+        )

@@ -1,0 +1,87 @@
+"""Chunked, bucketed and padded log-probs are the plain ones."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from learner import logprobs
+from learner.logprobs import Row, buckets, check_output_layer, completion_hidden, sequence_logprobs
+from learner.policy import Policy
+from tests.learner.conftest import VOCABULARY, tiny
+from thumbwheel.errors import SettingsError
+
+ROWS = [
+    Row([2, 3], [4, 5, 1]),
+    Row([2], [9]),
+    Row([6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17]),
+    Row([3, 3, 3], [3, 1]),
+]
+
+
+def naive(model: torch.nn.Module, row: Row) -> torch.Tensor:
+    """One row, unpadded, every logit, in fp64."""
+    logits = model(torch.tensor([row.prompt + row.completion])).logits[0].double().log_softmax(-1)
+    return torch.stack([logits[len(row.prompt) - 1 + i, id] for i, id in enumerate(row.completion)]).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 256])
+def test_chunked_and_padded_is_naive(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    model = tiny(torch.float64)
+    expected = torch.stack([naive(model, row) for row in ROWS])
+    assert torch.allclose(sequence_logprobs(model, ROWS), expected, atol=1e-10)
+
+
+def test_the_gradient_is_that_of_the_naive_log_probs(monkeypatch: pytest.MonkeyPatch, exact: Policy) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", 3)
+    ours_total = sequence_logprobs(exact.model, ROWS).sum()
+    plain_total = torch.stack([naive(exact.model, row) for row in ROWS]).sum()
+    gradients = [torch.autograd.grad(total, exact.parameters()) for total in (ours_total, plain_total)]
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain, atol=1e-10)
+        assert ours.abs().max() > 0
+
+
+def test_finite_differences_agree() -> None:
+    model = tiny(torch.float64)
+    hidden = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 2, 3, 4, 31])
+    assert torch.autograd.gradcheck(lambda h: logprobs.token_logprobs(model, h, targets), hidden)
+
+
+def test_prompt_positions_do_not_reach_the_output_layer() -> None:
+    assert completion_hidden(tiny(), ROWS).shape == (sum(len(row.completion) for row in ROWS), 16)
+
+
+def test_no_more_logits_at_once_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", 4)
+    seen = []
+    plain = logprobs._wide
+
+    def watched(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(logits.shape))
+        return plain(logits)
+
+    monkeypatch.setattr(logprobs, "_wide", watched)
+    sequence_logprobs(tiny(), ROWS)
+    assert {width for _, width in seen} == {VOCABULARY}
+    assert max(rows for rows, _ in seen) == 4
+
+
+def test_buckets_hold_every_row_once_within_the_limit() -> None:
+    rows = [Row([1] * (1 + i % 7), [2] * (1 + i % 5)) for i in range(50)]
+    parts = list(buckets(rows, tokens=40))
+    assert sorted(i for part in parts for i in part) == list(range(50))
+    assert all(len(part) * max(len(rows[i]) for i in part) <= 40 for part in parts)
+    assert list(buckets([Row([1] * 50, [2] * 50)], tokens=40)) == [[0]]
+
+
+def test_bf16_hidden_states_give_fp32_log_probs() -> None:
+    assert sequence_logprobs(tiny(torch.bfloat16), ROWS).dtype == torch.float32
+
+
+def test_a_model_that_alters_its_logits_is_refused() -> None:
+    with pytest.raises(SettingsError, match="final_logit_softcapping"):
+        check_output_layer(SimpleNamespace(final_logit_softcapping=30.0))
+    check_output_layer(SimpleNamespace(final_logit_softcapping=None, logit_scale=1.0))
