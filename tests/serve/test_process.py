@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve.client import EngineError
-from serve.process import EngineProcess, argv, end_orphan, environment, started_at
+from serve.process import CPU_SLOTS, EngineProcess, argv, end_orphan, environment, started_at
 from tests.launch import wait_for
 from thumbwheel.settings import EngineSettings, Settings
 
@@ -33,7 +33,11 @@ def core(log: Path) -> int:
     return int(log.read_text().split()[1])
 
 
-def test_the_command_line_serves_adapters_on_the_loopback_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cpu", "slots"), [(True, str(CPU_SLOTS)), (False, "4")])
+def test_the_command_line_serves_adapters_on_the_loopback_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: bool, slots: str
+) -> None:
+    monkeypatch.setattr("serve.process.cpu_build", lambda: cpu)
     settings = Settings(data=tmp_path, engine=EngineSettings(arguments=["--enforce-eager"], max_loras=4))
     words = argv(settings, 4242)
     options = dict(pairwise(words))
@@ -41,7 +45,7 @@ def test_the_command_line_serves_adapters_on_the_loopback_and_nothing_else(tmp_p
     assert options["--port"] == "4242"
     assert options["--model"] == str(tmp_path / "model")
     assert options["--served-model-name"] == "policy@base"
-    assert options["--max-loras"] == "4"
+    assert options["--max-loras"] == slots
     assert options["--logprobs-mode"] == "processed_logprobs"
     assert words[-1] == "--enforce-eager"
     assert "lm_head" not in words[words.index("--lora-target-modules") :]
