@@ -15,7 +15,7 @@ that the bound is approximate where a few sequences carry most of the KL; at n =
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from learner.logprobs import CHUNK, Row, buckets, completion_hidden, log_softmax
 from learner.policy import Policy
 from learner.sampler import sample
+from thumbwheel.statistics import mean_interval
 
 BATCH = 64
 """How many answers are sampled side by side."""
@@ -83,8 +84,9 @@ def hold(budget: float, measured: Estimate, at: Callable[[float], Estimate]) -> 
 
     `measured` is the estimate at scale 1, `at` measures at another scale. KL grows as the square of a small scale,
     hence the first guess √(0.9 budget / upper); from there it is bisection between what was inside and what was
-    outside. It stops early once it uses four fifths of the budget. A KL that is no number is outside of every budget,
-    an infinite one included.
+    outside, or the same guess again where that is a shorter step back. It stops early once it uses four fifths of the
+    budget. A KL that is no number is outside of every budget, an infinite one included. Several tries at one bound make
+    it a little less sure than its confidence says.
     """
     if not math.isfinite(measured.upper):
         return None
@@ -99,9 +101,10 @@ def hold(budget: float, measured: Estimate, at: Callable[[float], Estimate]) -> 
             inside, low = (scale, estimate), scale
             if estimate.upper >= 0.8 * budget:
                 break
+            scale = (low + high) / 2
         else:
             high = scale
-        scale = (low + high) / 2
+            scale = max((low + high) / 2, scale * math.sqrt(0.85 * budget / estimate.upper))
     return inside
 
 
@@ -109,20 +112,7 @@ def upper_bound(values: Sequence[float], confidence: float) -> float:
     """One-sided upper confidence bound of the mean, by Student's t. Infinite where a value is not finite or n < 2."""
     if len(values) < 2 or not all(math.isfinite(value) for value in values):
         return math.inf
-    return fmean(values) + t_quantile(confidence, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-def t_quantile(confidence: float, degrees: int) -> float:
-    """Student's t by its expansion about the normal (Abramowitz and Stegun 26.7.5): to 0.002 from 10 degrees on."""
-    z = NormalDist().inv_cdf(confidence)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return math.fsum(term / degrees**power for power, term in enumerate(terms))
+    return mean_interval(values, 2 * confidence - 1).high  # a two-sided interval with half of the rest at each end
 
 
 @torch.inference_mode()

@@ -107,9 +107,7 @@ class Learner:
         if ups + downs < chosen.batch:
             return self._wait(f"a batch takes {chosen.batch} votes that have settled")
         if not ups or not downs:
-            return self._wait(
-                f"all {ups + downs} votes are thumbs {'down' if downs else 'up'}: one class teaches nothing"
-            )
+            return self._wait(f"all votes are thumbs {'down' if downs else 'up'}: one class teaches nothing")
         if held_out < prompts.AT_LEAST:
             return self._wait(f"{held_out} of {prompts.AT_LEAST} held-out prompts to measure KL on have been seen")
         self._waits_for = ""

@@ -112,14 +112,6 @@ def test_bisection_uses_most_of_the_budget_where_kl_is_no_square() -> None:
     assert 3 < held[1].upper <= 4
 
 
-@pytest.mark.parametrize(
-    ("confidence", "degrees", "exact"),
-    [(0.95, 10, 1.8125), (0.95, 63, 1.6694), (0.975, 30, 2.0423), (0.99, 15, 2.6025), (0.9, 1000, 1.2824)],
-)
-def test_students_quantile_is_that_of_the_tables(confidence: float, degrees: int, exact: float) -> None:
-    assert kl.t_quantile(confidence, degrees) == pytest.approx(exact, abs=0.002)
-
-
 def test_the_bound_covers_the_mean_as_often_as_it_says() -> None:
     torch.manual_seed(0)
     draws = torch.distributions.Gamma(2.0, 1.0).sample((2000, 64))  # of mean 2, skewed like a KL

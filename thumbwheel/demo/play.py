@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -203,7 +204,7 @@ def play(model: Path, keep: Path | None, short: bool) -> None:
 
 async def _play(model: Path, data: Path, short: bool) -> None:
     size = SHORT if short else Size()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     stage = Stage(console)
     held_out = questions(HELD_OUT_SUBJECTS, size.held_out, seed=1)
     console.print(
