@@ -47,7 +47,7 @@ class StoreSettings(Section):
 
 
 class EngineSettings(Section):
-    """The vLLM behind the gateway: started by it, or given by `url` (then its `arguments` are yours to set)."""
+    """The vLLM behind the gateway: started by it, or given by `url`; the README says how to start that one."""
 
     model: Path = Path("model")
     url: str = ""

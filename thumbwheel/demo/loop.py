@@ -57,7 +57,7 @@ approval = "manual"
 """
 
 LEARNING_RATE = 1.3e-3
-KL_BUDGET = 4.0
+KL_BUDGET = 3.0
 GREEDY_LEARNING_RATE = 5e-3
 
 
