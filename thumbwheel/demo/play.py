@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -213,7 +214,7 @@ async def _play(model: Path, data: Path, short: bool) -> None:
     )
     with Loop(data, model, batch=size.batch, updates=size.updates, kl_samples=size.kl_samples) as loop:
         traffic = Traffic(loop)
-        asked = iter(questions(TRAFFIC_SUBJECTS, 400, seed=2))
+        asked = itertools.cycle(questions(TRAFFIC_SUBJECTS, 400, seed=2))
         with stage("vLLM and the gateway start") as tick:
             await asyncio.to_thread(loop.wait, loop.ready, "the gateway's readiness", 300, tick)
         with stage("held-out questions, before", len(held_out)) as tick:
