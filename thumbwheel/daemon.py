@@ -4,7 +4,6 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType
 
 from prometheus_client import start_http_server
 
@@ -18,6 +17,15 @@ def configure_logging(program: str) -> None:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {program} %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
     )
+
+
+def on_signal(number: signal.Signals, act: Callable[[], None]) -> None:
+    """Run `act` when the signal comes, in a thread of its own.
+
+    A handler runs in the middle of whatever the main thread does: setting the event that the main thread is about to
+    wait on would wait for a lock that the same thread holds, for ever.
+    """
+    signal.signal(number, lambda *_: threading.Thread(target=act, name=number.name).start())
 
 
 class Daemon:
@@ -35,7 +43,7 @@ class Daemon:
         its state is on disk, and what supervises it starts it again.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+            on_signal(number, self._stop)
         if self._metrics_port:
             start_http_server(self._metrics_port)
         wait = poll_s
@@ -50,6 +58,6 @@ class Daemon:
             if not busy:
                 self.should_exit.wait(wait)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        logger.info("%s: stopping", signal.Signals(number).name)
+    def _stop(self) -> None:
+        logger.info("told to stop")
         self.should_exit.set()

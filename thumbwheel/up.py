@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from thumbwheel import process
+from thumbwheel.daemon import on_signal
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ class Supervisor:
     def run(self) -> None:
         """Block until told to stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._should_exit.set())
-        signal.signal(signal.SIGHUP, lambda *_: self._should_renew.set())
+            on_signal(number, self._should_exit.set)
+        on_signal(signal.SIGHUP, self._should_renew.set)
         try:
             while not self._should_exit.is_set():
                 if self._should_renew.is_set():
