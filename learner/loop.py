@@ -44,7 +44,7 @@ class Learner:
         self._policy = Policy.load(settings)
         self._prompts: list[list[int]] | None = None
         if self._settings.kl_prompts is not None:
-            self._prompts = prompts.read(settings.path(self._settings.kl_prompts), settings.engine.model)
+            self._prompts = prompts.read(settings.path(self._settings.kl_prompts), settings.path(settings.engine.model))
         held_out = prompts.held_out(self._prompts)
         self._buffer = Buffer(place / "buffer.sqlite", self._policy.vocabulary, held_out)
         self._checkpoints = Checkpoints(place / "checkpoints")

@@ -45,7 +45,7 @@ class Policy:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        path = settings.engine.model
+        path = settings.path(settings.engine.model)
         identity = fingerprint(path)
         try:
             base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, local_files_only=True)

@@ -12,7 +12,7 @@ from tests.learner.conftest import move, tiny
 from thumbwheel.errors import AdapterError, SettingsError
 from thumbwheel.manifest import KLBound, LearnedFrom, Manifest
 from thumbwheel.settings import LearnerSettings, Settings
-from thumbwheel.store import Adapter, AdapterStore
+from thumbwheel.store import Adapter, AdapterStore, fingerprint
 
 ROW = [Row([2, 3], [4, 5, 6])]
 
@@ -110,3 +110,10 @@ def test_a_model_that_cannot_be_read_is_a_clear_error(settings: Settings, tmp_pa
     engine = settings.engine.model_copy(update={"model": tmp_path / "nothing"})
     with pytest.raises(SettingsError, match="cannot load the base model"):
         Policy.load(settings.model_copy(update={"engine": engine}))
+
+
+def test_the_models_path_is_relative_to_the_data_directory(settings: Settings, tiny_dir: Path) -> None:
+    moved = settings.model_copy(
+        update={"data": tiny_dir.parent, "engine": settings.engine.model_copy(update={"model": Path(tiny_dir.name)})}
+    )
+    assert Policy.load(moved).base_fingerprint == fingerprint(tiny_dir)
