@@ -23,7 +23,7 @@ test: lint
 	$(BIN)/pytest -q --durations=15
 
 unit: setup
-	$(BIN)/pytest -q -m "not engine and not kube"
+	$(BIN)/pytest -q -m "not engine and not kube and not kafka"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import kafka
 from tests.serving import Gateway, Host, gateway
+from tests.unavailable import unavailable
 
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
-
-
-def unavailable(reason: str) -> None:
-    """Skip with the reason; in CI, where everything has to be there, fail."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +25,13 @@ def model_dir() -> Path:
     from learner.gguf import demo_model
 
     return demo_model(CACHE)
+
+
+@pytest.fixture(scope="session")
+def kafka_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Kafka that all tests share; `tests.kafka.on` gives each a log of its own on it."""
+    with kafka.bootstrap(tmp_path_factory.mktemp("kafka")) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,12 @@ class Event(Data):
         """Events of one key keep their order."""
         raise NotImplementedError
 
+    @property
+    def headers(self) -> tuple[tuple[str, bytes], ...]:
+        """The attributes of CloudEvents 1.0 that a reader may route by without opening the event."""
+        kind: str = getattr(self, "type")  # noqa: B009
+        return (("ce_type", kind.encode()), ("ce_source", self.source.encode()))
+
 
 # --- llm.response.generated.v1 -----------------------------------------------------------------------------------
 

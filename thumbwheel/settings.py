@@ -33,11 +33,54 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LogSettings(Section):
-    """Where events go."""
+class KafkaSettings(Section):
+    """The cluster behind `backend = "kafka"`. Passwords are never written here."""
 
-    backend: Literal["sqlite"] = "sqlite"
+    bootstrap: str = ""
+    """Brokers to begin with: host:port, several with commas between them."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    ca_file: Path | None = None
+    """Certificates, PEM, that the brokers' are checked by. None: those of the system."""
+    certificate_file: Path | None = None
+    """Our own certificate, PEM, for brokers that ask for one, and its key."""
+    key_file: Path | None = None
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    username: str = ""
+    password_file: Path | None = None
+    """Holds the password; `$THUMBWHEEL_KAFKA_PASSWORD` comes first."""
+    prefix: str = ""
+    """Comes before the name of every topic and group, for several installations on one cluster."""
+    member: str = ""
+    """This process's name among those of its kind, the same after a restart. Empty: the host's name."""
+    partitions: Count = 6
+    """Of the topics of responses and feedback, when `thumbwheel log init` makes them. The rollout has one."""
+    replication: Count = 3
+    min_insync_replicas: Count = 2
+    response_retention_days: Positive = 90.0
+    feedback_retention_days: Positive = 365.0
+    timeout_s: Positive = 15.0
+    """How long the cluster may take to answer before that is an error. Whoever follows the log tries again."""
+    session_timeout_s: Positive = 45.0
+    """How long a member may be silent before its partitions go to another."""
+
+
+class LogSettings(Section):
+    """Where events go: a SQLite file on one machine, Kafka between several."""
+
+    backend: Literal["sqlite", "kafka"] = "sqlite"
     path: Path = Path("log.sqlite")
+    """The log of the backend "sqlite"."""
+    outbox: Path = Path("outbox.sqlite")
+    """With Kafka: what a gateway acknowledged lies here until the cluster has it."""
+    mirror: Path = Path("mirror.sqlite")
+    """With Kafka: the rollout's events as the gateway last saw them."""
+    outbox_max_bytes: Annotated[int, Field(ge=1_000_000)] = 10_000_000_000
+    """How large the outbox may grow while the cluster is away. Then the oldest responses go, those with votes last;
+    when votes alone fill it, new ones are refused."""
+    outbox_keep_s: Annotated[float, Field(ge=0)] = 86_400.0
+    """How long a vote stays in the outbox after Kafka has it: as long as an Idempotency-Key is remembered."""
+    forwarder_metrics_port: Port = 8104
+    kafka: KafkaSettings = KafkaSettings()
 
 
 class StoreSettings(Section):

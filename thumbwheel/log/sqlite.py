@@ -4,6 +4,7 @@ Every append is one transaction, synced to disk before it returns (`synchronous=
 (see `group.py`): the more messages in one append, the fewer syncs. Offsets are dense per topic, from 0.
 """
 
+import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from thumbwheel.errors import LogError
-from thumbwheel.log.port import Appended, Message, Record
+from thumbwheel.log.port import Appended, Headers, Message, Record, Start
 from thumbwheel.migrations import migrate
 
 MIGRATIONS = (
@@ -31,23 +32,39 @@ MIGRATIONS = (
         name TEXT NOT NULL, topic TEXT NOT NULL, "offset" INTEGER NOT NULL, PRIMARY KEY (name, topic)
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE events ADD COLUMN headers TEXT NOT NULL DEFAULT '[]';
+    CREATE TABLE identity (id TEXT NOT NULL);
+    INSERT INTO identity VALUES (lower(hex(randomblob(16))));
+    """,
 )
+
+_COLUMNS = '"offset", id, key, time, value, headers'
 
 
 class SqliteLog:
     """`Log` on a SQLite file. One partition a topic. A connection a thread."""
 
-    def __init__(self, path: Path) -> None:
-        """Open, or make, the log at `path`. Raises LogError where the file is no log or cannot be written."""
+    def __init__(self, path: Path, setting: str = "[log] path") -> None:
+        """Open, or make, the log at `path`; `setting` is what errors say the path was set by.
+
+        Raises LogError where the file is no log or cannot be written.
+        """
         self.path = path
+        self._setting = setting
         self._local = threading.local()
         self._all: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             migrate(self._connection(), MIGRATIONS)
+            (self._id,) = self._connection().execute("SELECT id FROM identity").fetchone()
         except (OSError, sqlite3.Error) as error:
-            raise LogError(f"cannot open the event log {path} ([log] path): {error}") from error
+            raise LogError(f"cannot open the event log {path} ({setting}): {error}") from error
+
+    @property
+    def identity(self) -> str:
+        return f"sqlite:{self._id}"
 
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
@@ -65,7 +82,7 @@ class SqliteLog:
         try:
             yield self._connection()
         except sqlite3.Error as error:
-            raise LogError(f"cannot {doing} the event log {self.path} ([log] path): {error}") from error
+            raise LogError(f"cannot {doing} the event log {self.path} ({self._setting}): {error}") from error
 
     def append(self, topic: str, messages: Sequence[Message]) -> list[Appended]:
         return self.append_all([(topic, message) for message in messages])
@@ -94,8 +111,8 @@ class SqliteLog:
             "INSERT INTO topics VALUES (?, 1) ON CONFLICT DO UPDATE SET next = next + 1 RETURNING next", (topic,)
         ).fetchone()
         connection.execute(
-            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
-            (topic, following - 1, message.id, message.key, message.time, message.value),
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (topic, following - 1, message.id, message.key, message.time, message.value, _to_text(message.headers)),
         )
         return Appended(following - 1, duplicate=False)
 
@@ -103,19 +120,18 @@ class SqliteLog:
         self._check(partition)
         with self._errors("read") as connection:
             rows = connection.execute(
-                'SELECT "offset", id, key, time, value FROM events WHERE topic = ? AND "offset" >= ?'
-                ' ORDER BY "offset" LIMIT ?',
+                f'SELECT {_COLUMNS} FROM events WHERE topic = ? AND "offset" >= ? ORDER BY "offset" LIMIT ?',
                 (topic, offset, limit),
             )
-            return [Record(topic, 0, row[0], Message(*row[1:])) for row in rows]
+            return [_record(topic, row) for row in rows]
 
     def find(self, topic: str, id: str) -> Record | None:
         """The record of one event id, or None."""
         with self._errors("read") as connection:
             row = connection.execute(
-                'SELECT "offset", id, key, time, value FROM events WHERE topic = ? AND id = ?', (topic, id)
+                f"SELECT {_COLUMNS} FROM events WHERE topic = ? AND id = ?", (topic, id)
             ).fetchone()
-            return None if row is None else Record(topic, 0, row[0], Message(*row[1:]))
+            return None if row is None else _record(topic, row)
 
     def partitions(self, topic: str) -> int:
         return 1
@@ -130,6 +146,14 @@ class SqliteLog:
             ).fetchone()
             end = following or 0
             return (end if first is None else first, end)
+
+    def offset_at(self, topic: str, time: float, partition: int = 0) -> int:
+        self._check(partition)
+        with self._errors("read") as connection:
+            row = connection.execute(
+                'SELECT "offset" FROM events WHERE topic = ? AND time >= ? ORDER BY "offset" LIMIT 1', (topic, time)
+            ).fetchone()
+        return self.ends(topic)[1] if row is None else int(row[0])
 
     def commit(self, group: str, topic: str, offset: int, partition: int = 0) -> None:
         self._check(partition)
@@ -147,6 +171,9 @@ class SqliteLog:
             ).fetchone()
             return 0 if row is None else int(row[0])
 
+    def consumer(self, group: str, topics: Sequence[str], start: Start | None = None) -> "SqliteConsumer":
+        return SqliteConsumer(self, group, topics, start)
+
     @staticmethod
     def _check(partition: int) -> None:
         if partition != 0:
@@ -158,3 +185,42 @@ class SqliteLog:
                 connection.close()
             self._all.clear()
         self._local = threading.local()
+
+
+class SqliteConsumer:
+    """`Consumer` on a SQLite log. A group has one member here; a second one would get the same records."""
+
+    def __init__(self, log: SqliteLog, group: str, topics: Sequence[str], start: Start | None) -> None:
+        self._log = log
+        self._group = group
+        self._next: dict[str, int] = {}
+        for topic in topics:
+            own = (start or {}).get((topic, 0))
+            self._next[topic] = log.committed(group, topic) if own is None else own
+
+    def poll(self, limit: int = 500) -> list[Record]:
+        for topic, offset in self._next.items():
+            if records := self._log.read(topic, offset, limit):
+                self._next[topic] = records[-1].offset + 1
+                return records
+        return []
+
+    def commit(self, record: Record) -> None:
+        self._log.commit(self._group, record.topic, record.offset + 1)
+
+    def close(self) -> None:
+        pass
+
+
+def _record(topic: str, row: tuple[int, str, str, float, bytes, str]) -> Record:
+    offset, id, key, time, value, headers = row
+    return Record(topic, 0, offset, Message(id, key, time, value, _from_text(headers)))
+
+
+def _to_text(headers: Headers) -> str:
+    """Headers as JSON. Latin-1 gives every byte a character of its own."""
+    return json.dumps([(name, value.decode("latin-1")) for name, value in headers]) if headers else "[]"
+
+
+def _from_text(text: str) -> Headers:
+    return tuple((name, value.encode("latin-1")) for name, value in json.loads(text)) if text != "[]" else ()

@@ -1,0 +1,110 @@
+"""Dead letters: records that a consumer cannot read, kept whole on `<topic>.dlq` with why and where.
+
+A letter holds the original bytes, key, time and headers; headers of its own, `dlq_…`, say the rest. What became of it
+is a fold over the same topic: a note that names a letter says that it was sent again.
+"""
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from thumbwheel.errors import LogError
+from thumbwheel.log.port import Log, Message, Record
+
+_LETTERS = uuid.UUID("0d2c8a9c-3f52-5e0f-8f8e-1f4f6a1f0c77")
+"""The namespace of letters' ids: one letter for a record and a group, however often it is met."""
+_OWN = "dlq_"
+
+
+def dlq(topic: str) -> str:
+    """Where the dead letters of a topic go."""
+    return f"{topic}.dlq"
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter as it is read back. `original` is the record's message as it lay on `topic`."""
+
+    id: str
+    topic: str
+    partition: int
+    offset: int
+    group: str
+    why: str
+    original: Message
+    replayed: bool = False
+
+
+def letter(log: Log, record: Record, group: str, error: Exception) -> Message:
+    """What goes onto `dlq(record.topic)` when `group` cannot read a record."""
+    message = record.message
+    place = f"{record.topic}/{record.partition}/{record.offset}"
+    own = {
+        "dlq_id": str(uuid.uuid5(_LETTERS, f"{log.identity}/{place}/{group}")),
+        "dlq_original_id": message.id,
+        "dlq_topic": record.topic,
+        "dlq_partition": str(record.partition),
+        "dlq_offset": str(record.offset),
+        "dlq_group": group,
+        "dlq_error": f"{type(error).__name__}: {error}"[:1000],
+    }
+    headers = (*message.headers, *((name, value.encode(errors="replace")) for name, value in own.items()))
+    return Message(own["dlq_id"], message.key, message.time, message.value, headers)
+
+
+def send(log: Log, record: Record, group: str, error: Exception) -> None:
+    """Put a record that cannot be read onto the dead-letter topic. Raises LogError where it could not be kept."""
+    log.append(dlq(record.topic), [letter(log, record, group, error)])
+
+
+def letters(log: Log, topic: str) -> list[Letter]:
+    """The dead letters of a topic, oldest first within a partition, each once."""
+    found: dict[str, Letter] = {}
+    replayed: set[str] = set()
+    for record in _read(log, dlq(topic)):
+        headers = {name: value.decode(errors="replace") for name, value in record.message.headers}
+        if note := headers.get("dlq_replayed"):
+            replayed.add(note)
+        elif "dlq_id" in headers:
+            found.setdefault(headers["dlq_id"], _letter(record, headers))
+    return [
+        Letter(one.id, one.topic, one.partition, one.offset, one.group, one.why, one.original, one.id in replayed)
+        for one in found.values()
+    ]
+
+
+def replay(log: Log, chosen: Letter) -> None:
+    """Send the original again, bytes, key, time and headers, then note that it was sent. Readers know it by the id in
+    the event itself: what was counted already is not counted again."""
+    original = chosen.original
+    again = Message(f"{original.id}/{chosen.id}", original.key, original.time, original.value, original.headers)
+    log.append(chosen.topic, [again])
+    id = str(uuid.uuid5(_LETTERS, f"replayed {chosen.id}"))
+    note = Message(id, original.key, original.time, b"", (("dlq_replayed", chosen.id.encode()),))
+    log.append(dlq(chosen.topic), [note])
+
+
+def _letter(record: Record, headers: dict[str, str]) -> Letter:
+    try:
+        message = record.message
+        kept = tuple(item for item in message.headers if not item[0].startswith(_OWN))
+        return Letter(
+            id=headers["dlq_id"],
+            topic=headers["dlq_topic"],
+            partition=int(headers["dlq_partition"]),
+            offset=int(headers["dlq_offset"]),
+            group=headers["dlq_group"],
+            why=headers["dlq_error"],
+            original=Message(headers["dlq_original_id"], message.key, message.time, message.value, kept),
+        )
+    except (KeyError, ValueError) as error:
+        place = f"{record.topic} partition {record.partition} offset {record.offset}"
+        raise LogError(f"{place} is no dead letter: its headers lack or spoil {error}") from error
+
+
+def _read(log: Log, topic: str) -> Iterator[Record]:
+    for partition in range(log.partitions(topic)):
+        offset = 0
+        while batch := log.read(topic, offset, partition=partition):
+            yield from batch
+            offset = batch[-1].offset + 1
