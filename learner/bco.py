@@ -1,0 +1,76 @@
+"""Binary classifier optimisation from single thumbs (Jung et al., arXiv 2404.04656).
+
+The logit of a classifier "up or down" is the reward that the policy implies, β r with r = log πθ(y|x) − log πref(y|x)
+in nats, shifted by δ:
+
+    L = E[−λ_y log σ(β r − δ)]   for an up
+    L = E[−λ_y log σ(δ − β r)]   for a down
+
+This bounds the DPO loss from above (theorem 1), the closer the nearer δ is to the midpoint of the classes:
+
+    δ = ½ (mean β r of ups + mean β r of downs)        (the reward shift)
+
+δ is a constant to the gradient: a moving average (`kto.MovingAverage`) of the midpoints of past batches, zero at
+first, where policy and reference agree and the midpoint is zero too. Each class counts for half of it, whatever the
+batch holds; a batch of one class has no midpoint and leaves δ as it is. TRL's BCO trainer (0.24; 1.16 has none) took
+the mean over all rows instead, so that the larger class draws δ to itself. Left out: the paper's matching of prompt
+distributions, since ups and downs here come from the same traffic.
+
+Weights λ are those of `kto.class_weights`. Unlike in KTO, a row on the wrong side never stops teaching; one on the
+right side does when it is settled.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SETTLED = 0.1
+"""A row is settled when its gradient has fallen below this share of the largest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """Of one batch. Rewards are β r; `accuracy` is the share of rows on their side of δ, `settled` of those settled."""
+
+    loss: float
+    reward_up: float
+    reward_down: float
+    accuracy: float
+    settled: float
+    delta: float
+
+    @property
+    def margin(self) -> float:
+        return self.reward_up - self.reward_down
+
+
+def midpoint(policy: Tensor, reference: Tensor, ups: Tensor, weights: Tensor, beta: float) -> float | None:
+    """What a whole batch says δ is, from its sequence log-probs; None where a class is absent or has no weight."""
+    rewards = beta * (policy - reference)
+    if not weights[ups].any() or not weights[~ups].any():
+        return None
+    up = (weights[ups] * rewards[ups]).sum() / weights[ups].sum()
+    down = (weights[~ups] * rewards[~ups]).sum() / weights[~ups].sum()
+    return ((up + down) / 2).item()
+
+
+def losses(policy: Tensor, reference: Tensor, ups: Tensor, weights: Tensor, beta: float, delta: float) -> Tensor:
+    """−λ_y log σ(±(β r − δ)) of each row, from its two sequence log-probs. Differentiable in `policy`."""
+    logits = beta * (policy - reference) - delta
+    return -weights * functional.logsigmoid(torch.where(ups, logits, -logits))
+
+
+def diagnose(policy: Tensor, reference: Tensor, ups: Tensor, weights: Tensor, beta: float, delta: float) -> Diagnostics:
+    """What a whole batch looks like, with the loss as its mean."""
+    rewards = beta * (policy - reference)
+    right = torch.where(ups, rewards - delta, delta - rewards)
+    return Diagnostics(
+        loss=losses(policy, reference, ups, weights, beta, delta).mean().item(),
+        reward_up=rewards[ups].mean().item(),
+        reward_down=rewards[~ups].mean().item(),
+        accuracy=(right > 0).float().mean().item(),
+        settled=(torch.sigmoid(-right) < SETTLED).float().mean().item(),
+        delta=delta,
+    )
