@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from thumbwheel.errors import LogError
@@ -70,12 +71,15 @@ class SqliteLog:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
+            self._configure(connection)
             self._local.connection = connection
             with self._lock:
                 self._all.append(connection)
         return connection
+
+    def _configure(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[sqlite3.Connection]:
@@ -84,21 +88,25 @@ class SqliteLog:
         except sqlite3.Error as error:
             raise LogError(f"cannot {doing} the event log {self.path} ({self._setting}): {error}") from error
 
-    def append(self, topic: str, messages: Sequence[Message]) -> list[Appended]:
-        return self.append_all([(topic, message) for message in messages])
-
-    def append_all(self, items: Sequence[tuple[str, Message]]) -> list[Appended]:
-        """Append messages to several topics in one durable transaction."""
-        with self._errors("append to") as connection:
+    @contextmanager
+    def _transaction(self, doing: str) -> Iterator[sqlite3.Connection]:
+        with self._errors(doing) as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
-                appended = [self._insert(connection, topic, message) for topic, message in items]
+                yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-            return appended
+
+    def append(self, topic: str, messages: Sequence[Message]) -> list[Appended]:
+        return self.append_all([(topic, message) for message in messages])
+
+    def append_all(self, items: Sequence[tuple[str, Message]]) -> list[Appended]:
+        """Append messages to several topics in one durable transaction."""
+        with self._transaction("append to") as connection:
+            return [self._insert(connection, topic, message) for topic, message in items]
 
     @staticmethod
     def _insert(connection: sqlite3.Connection, topic: str, message: Message) -> Appended:
@@ -110,9 +118,10 @@ class SqliteLog:
         (following,) = connection.execute(
             "INSERT INTO topics VALUES (?, 1) ON CONFLICT DO UPDATE SET next = next + 1 RETURNING next", (topic,)
         ).fetchone()
+        key, headers = _column(message.key), _to_text(message.headers)
         connection.execute(
             "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (topic, following - 1, message.id, message.key, message.time, message.value, _to_text(message.headers)),
+            (topic, following - 1, message.id, key, message.time, message.value, headers),
         )
         return Appended(following - 1, duplicate=False)
 
@@ -171,6 +180,12 @@ class SqliteLog:
             ).fetchone()
             return 0 if row is None else int(row[0])
 
+    def has_committed(self, group: str, topic: str) -> bool:
+        """Whether a group ever committed, be it to 0."""
+        with self._errors("read") as connection:
+            found = connection.execute("SELECT 1 FROM groups WHERE name = ? AND topic = ?", (group, topic)).fetchone()
+            return found is not None
+
     def consumer(self, group: str, topics: Sequence[str], start: Start | None = None) -> "SqliteConsumer":
         return SqliteConsumer(self, group, topics, start)
 
@@ -212,9 +227,19 @@ class SqliteConsumer:
         pass
 
 
-def _record(topic: str, row: tuple[int, str, str, float, bytes, str]) -> Record:
+def _record(topic: str, row: tuple[int, str, str | bytes, float, bytes, str]) -> Record:
     offset, id, key, time, value, headers = row
-    return Record(topic, 0, offset, Message(id, key, time, value, _from_text(headers)))
+    text = key if isinstance(key, str) else key.decode(errors="surrogateescape")
+    return Record(topic, 0, offset, Message(id, text, time, value, _from_text(headers)))
+
+
+def _column(key: str) -> str | bytes:
+    """A key as SQLite takes it: one that is no UTF-8 (somebody else's, from Kafka) as its bytes."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return key.encode(errors="surrogateescape")
+    return key
 
 
 def _to_text(headers: Headers) -> str:
@@ -222,5 +247,6 @@ def _to_text(headers: Headers) -> str:
     return json.dumps([(name, value.decode("latin-1")) for name, value in headers]) if headers else "[]"
 
 
+@lru_cache(256)  # most messages of a gateway have the same ones
 def _from_text(text: str) -> Headers:
     return tuple((name, value.encode("latin-1")) for name, value in json.loads(text)) if text != "[]" else ()

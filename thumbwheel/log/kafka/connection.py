@@ -1,13 +1,15 @@
 """How to reach the cluster, and what a failure of kafka-python means in words of our settings.
 
-The library says "Unable to bootstrap" whatever went wrong, and the reason to its own log alone: `Connection` keeps the
-last reasons from there.
+The library says "Unable to bootstrap" whatever went wrong, and the reason to its own log alone: `errors` looks there
+for what was said while the operation ran.
 """
 
 import logging
 import os
+import re
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +18,82 @@ from typing import Any
 from kafka import KafkaAdminClient, errors
 
 from thumbwheel.errors import LogError, SettingsError
+from thumbwheel.log.kafka.client import make
 from thumbwheel.settings import KafkaSettings, Settings
 
 PASSWORD = "THUMBWHEEL_KAFKA_PASSWORD"
 MAX_BYTES = 16 * 1024 * 1024
 """The largest message, headers included; the topics allow as much."""
+LETTER_BYTES = MAX_BYTES + 64 * 1024
+"""The largest dead letter: a message, and the headers that say what became of it."""
+
+_VAGUE = (errors.KafkaTimeoutError, errors.KafkaConnectionError, errors.NodeNotReadyError, errors.Cancelled, OSError)
+"""What the library raises when it has given up: the reason is in its log."""
+
+_CAUSES = (
+    (
+        r"SaslAuthenticationFailed|Failed to authenticate",
+        "the cluster refuses user {username} with this password",
+        f"username, password_file or ${PASSWORD}",
+    ),
+    (r"UnsupportedSaslMechanism", "the cluster does not take {sasl_mechanism} there", "sasl_mechanism"),
+    (r"IllegalSaslState", "the brokers take no user and password there", 'security_protocol = "{security_protocol}"'),
+    (
+        r"certificate is not valid for '([^']+)'",
+        "the brokers' certificate is not for {found}",
+        'bootstrap = "{bootstrap}"',
+    ),
+    (r"certificate verify failed: (.+?) \(_ssl", "the brokers' certificate cannot be verified: {found}", "ca_file"),
+    (
+        r"ALERT_(?:BAD_CERTIFICATE|CERTIFICATE_REQUIRED|CERTIFICATE_UNKNOWN|UNKNOWN_CA)",
+        "the brokers ask for a certificate of ours that they trust",
+        "certificate_file and key_file",
+    ),
+    (r"Handshake failed: \[", "the brokers do not speak TLS there", 'security_protocol = "{security_protocol}"'),
+    (
+        r"(?:Topic|Group|Cluster|TransactionalId)AuthorizationFailed|is not authorized",
+        "user {username} may not do that: {error}",
+        "username",
+    ),
+    (
+        r"FencedInstanceId",
+        "another process has taken over as member {member}; two at once need two names",
+        "member",
+    ),
+    (
+        r"UnknownTopicOrPartition|not found in cluster metadata",
+        "a topic is missing; make the topics with `thumbwheel log init`",
+        'prefix = "{prefix}"',
+    ),
+    (
+        r"NotEnoughReplicas",
+        "too few replicas are in sync to take a message: brokers are down, or the topic asks for more than it has",
+        "min_insync_replicas",
+    ),
+    (
+        r"MessageSizeTooLarge|RecordListTooLarge",
+        f"a message is larger than the cluster takes; topics made by `thumbwheel log init` take {MAX_BYTES} bytes",
+        'prefix = "{prefix}"',
+    ),
+    (
+        r"Invalid frame length",
+        "what answers there expects TLS, or is no broker",
+        'security_protocol = "{security_protocol}"',
+    ),
+    (r"DNS lookup failed for (\S+),", "there is no host {found}", 'bootstrap = "{bootstrap}"'),
+    (r"\b\d+ (E[A-Z]+)\b", "nobody answers there: {found}", 'bootstrap = "{bootstrap}"'),
+    (
+        r"node_id=bootstrap-.*socket disconnected",
+        "the brokers hang up at the first words: they may expect TLS, or a user and password",
+        'security_protocol = "{security_protocol}"',
+    ),
+    (
+        r"timed out|not answered",
+        "the brokers did not answer in time",
+        'bootstrap = "{bootstrap}", timeout_s = {timeout_s:g}',
+    ),
+)
+"""What is looked for, what it means, and the setting that it is about; the first that is found counts."""
 
 
 class _Reasons(logging.Handler):
@@ -28,14 +101,19 @@ class _Reasons(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.last: deque[str] = deque(maxlen=50)
+        self._last: deque[tuple[float, str]] = deque(maxlen=200)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.last.append(record.getMessage())
+        self._last.append((record.created, record.getMessage()))
+
+    def since(self, start: float) -> list[str]:
+        """What was said since `start`, Unix seconds, the latest first."""
+        return [reason for created, reason in reversed(list(self._last)) if created >= start]
 
 
 _reasons = _Reasons()
 _library = logging.getLogger("kafka")
+_library.setLevel(logging.WARNING)
 _library.addHandler(_reasons)
 _library.propagate = False  # it repeats itself several times a second while a broker is away; we say it once
 
@@ -46,14 +124,19 @@ class Connection:
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError where they cannot work: no address, no password, a certificate that is no file."""
         self.settings: KafkaSettings = settings.log.kafka
-        if not self.settings.bootstrap:
+        addresses = [address.strip() for address in self.settings.bootstrap.split(",")]
+        if not all(re.fullmatch(r"\S+:\d{1,5}", address) for address in addresses):
+            given = f'"{self.settings.bootstrap}"' if self.settings.bootstrap else "empty"
             raise SettingsError(
-                '[log.kafka] bootstrap is empty: it takes the brokers\' addresses, "host:port,host:port"'
+                f'[log.kafka] bootstrap is {given}: it takes brokers\' addresses, "host:port,host:port"'
             )
         self.member = self.settings.member or socket.gethostname()
+        for setting, value in (("prefix", self.settings.prefix), ("member", self.member)):
+            if not re.fullmatch(r"[A-Za-z0-9._-]{0,200}", value):
+                raise SettingsError(f'[log.kafka] {setting} is "{value}": it takes letters, digits, ".", "_" and "-"')
         self.timeout_ms = int(self.settings.timeout_s * 1000)
         self.options: dict[str, Any] = {
-            "bootstrap_servers": [address.strip() for address in self.settings.bootstrap.split(",")],
+            "bootstrap_servers": addresses,
             "client_id": f"thumbwheel-{self.member}",
             "security_protocol": self.settings.security_protocol,
             "bootstrap_timeout_ms": self.timeout_ms,
@@ -79,53 +162,28 @@ class Connection:
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
         """What the library raises becomes a LogError that names the setting."""
+        start = time.time()
         try:
             yield
-        except (errors.KafkaError, OSError, TimeoutError) as error:
-            raise self.explain(doing, error) from error
+        except (errors.KafkaError, OSError) as error:
+            raise self.explain(doing, error, start) from error
 
-    def explain(self, doing: str, error: BaseException) -> LogError:
-        """The error in words, with the setting that it is about."""
-        reasons = [str(error), *reversed(_reasons.last)]
-        protocol = self.settings.security_protocol
-        what, setting = str(error), f'bootstrap = "{self.settings.bootstrap}"'
-        for reason in reasons:
-            low = reason.lower()
-            if "saslauthenticationfailed" in low or "authentication failed" in low or "invalid credentials" in low:
-                what = f"the cluster refuses user {self.settings.username} with this password"
-                setting = f"username, password_file or ${PASSWORD}"
-            elif "unsupportedsaslmechanism" in low or "sasl mechanism" in low:
-                what = f"the cluster does not take {self.settings.sasl_mechanism}"
-                setting = "sasl_mechanism"
-            elif "certificate_verify_failed" in low or "certificate verify failed" in low:
-                what, setting = "the brokers' certificate cannot be verified", "ca_file"
-            elif "wrong_version_number" in low or ("ssl" in low and "eof" in low):
-                what, setting = "the brokers do not speak TLS there", f"security_protocol = {protocol}"
-            elif "authorizationfailed" in low or "not authorized" in low:
-                what, setting = f"user {self.settings.username or 'anonymous'} may not: {error}", "username"
-            elif "unknown_topic_or_partition" in low or "unknowntopicorpartition" in low:
-                what, setting = "a topic is missing; make the topics with `thumbwheel log init`", "prefix"
-            elif "notenoughreplicas" in low:
-                what = "too few replicas are in sync to take a message: brokers are down"
-                setting = f"min_insync_replicas, {self.settings.min_insync_replicas}, when the topics were made"
-            elif "messagesizetoolarge" in low or "recordtoolarge" in low or "recordlisttoolarge" in low:
-                what = f"a message is larger than the cluster takes; `thumbwheel log init` allows {MAX_BYTES} bytes"
-                setting = "prefix"
-            elif "econnrefused" in low or "name or service not known" in low or "dns" in low or "getaddrinfo" in low:
-                what = f"nobody answers there: {reason.rsplit(': ', 1)[-1]}"
-            elif "fencedinstanceid" in low:
-                what = f"another process is member {self.member}; two at once need two names"
-                setting = "member"
-            else:
-                continue
-            break
-        return LogError(f"cannot {doing} Kafka ([log.kafka] {setting}): {what}")
+    def explain(self, doing: str, error: BaseException, start: float) -> LogError:
+        """The error of an operation that began at `start` (Unix seconds) in words, with the setting it is about."""
+        given = f"{type(error).__name__}: {error}"
+        said = [given, *_reasons.since(start)] if isinstance(error, _VAGUE) else [given]
+        words = self.settings.model_dump() | {"member": self.member, "error": error}
+        words["username"] = self.settings.username or "anonymous"
+        for pattern, what, setting in _CAUSES:
+            for match in filter(None, (re.search(pattern, line) for line in said)):
+                words["found"] = match[1] if match.re.groups else ""
+                return LogError(f"cannot {doing} Kafka ([log.kafka] {setting.format(**words)}): {what.format(**words)}")
+        return LogError(f'cannot {doing} Kafka ([log.kafka] bootstrap = "{self.settings.bootstrap}"): {error}')
 
     def admin(self) -> KafkaAdminClient:
         """A client that asks about and changes topics and groups. Raises LogError where the cluster does not answer."""
-        _reasons.last.clear()
         with self.errors("reach"):
-            return KafkaAdminClient(**self.options)
+            return make(KafkaAdminClient, **self.options)
 
 
 def _tls(settings: Settings) -> ssl.SSLContext:

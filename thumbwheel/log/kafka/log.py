@@ -2,14 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
 from thumbwheel.errors import LogError
+from thumbwheel.log.cloudevents import bounded
+from thumbwheel.log.kafka.client import make
 from thumbwheel.log.kafka.connection import MAX_BYTES, Connection
 from thumbwheel.log.kafka.consumer import KafkaGroupConsumer, record_of
 from thumbwheel.log.kafka.sender import Sender
@@ -17,6 +19,9 @@ from thumbwheel.log.port import Appended, Message, Record, Start
 from thumbwheel.settings import Settings
 
 T = TypeVar("T")
+
+PARTITIONS_S = 60.0
+"""How long a topic's number of partitions is believed."""
 
 
 class KafkaLog:
@@ -29,6 +34,7 @@ class KafkaLog:
         self._sender = Sender(self._connection)
         self._admin: KafkaAdminClient | None = None
         self._reader: KafkaConsumer | None = None
+        self._partitions: dict[str, tuple[int, float]] = {}
         self._identity = ""
 
     @property
@@ -44,49 +50,57 @@ class KafkaLog:
         return [Appended(offset, duplicate=False) for offset in offsets]
 
     def read(self, topic: str, offset: int, limit: int = 500, partition: int = 0) -> list[Record]:
-        with self._lock, self._connection.errors("read from"):
-            reader, place = self._at(topic, partition)
+        place = self._place(topic, partition)
+        with self._using("read from"):
+            reader = self._only(place)
             if (reader.highwater(place) or 0) <= offset:  # the end as the last fetch saw it: it only grows
-                first, end = self._ends(reader, place)
-                if end <= max(offset, first):
+                if self._end(place) <= offset:
                     return []
-                offset = max(offset, first)
-            if reader.position(place) != offset:
+                offset = max(offset, self._first(place))
+            if reader.position(place, timeout_ms=self._connection.timeout_ms) != offset:
                 reader.seek(place, offset)
-            found = reader.poll(timeout_ms=self._connection.timeout_ms, max_records=limit)
-            records = found.get(place, [])
-            if not records:
+            found = reader.poll(timeout_ms=self._connection.timeout_ms, max_records=limit).get(place, [])
+            if not found and reader.position(place, timeout_ms=self._connection.timeout_ms) < self._end(place):
                 raise LogError(
                     f"cannot read from Kafka: no record of {topic} within {self._connection.settings.timeout_s:g} s"
                 )
-            return [record_of(topic, record) for record in records]
+            return [record_of(topic, record) for record in found]
 
     def partitions(self, topic: str) -> int:
-        with self._lock, self._connection.errors("read from"):
-            found = self._ready().partitions_for_topic(self._connection.name(topic))
-            if not found:
+        name = self._connection.name(topic)
+        count, until = self._partitions.get(topic, (0, 0.0))
+        if time.monotonic() > until:
+            described = self._ask("read from", lambda admin: admin.describe_topics([name]))
+            count = len(described[0]["partitions"])
+            if count == 0:
                 raise LogError(
-                    f"Kafka has no topic {self._connection.name(topic)} ([log.kafka] prefix): "
+                    f"Kafka has no topic {name} ([log.kafka] prefix), or hides it from this user: "
                     "make the topics with `thumbwheel log init`"
                 )
-            return len(found)
+            self._partitions[topic] = (count, time.monotonic() + PARTITIONS_S)
+        return count
 
     def ends(self, topic: str, partition: int = 0) -> tuple[int, int]:
-        with self._lock, self._connection.errors("read from"):
-            return self._ends(*self._at(topic, partition))
+        place = self._place(topic, partition)
+        with self._using("read from"):
+            return self._first(place), self._end(place)
 
     def offset_at(self, topic: str, time: float, partition: int = 0) -> int:
-        with self._lock, self._connection.errors("read from"):
-            reader, place = self._at(topic, partition)
-            found = reader.offsets_for_times({place: int(time * 1000)})[place]
-            return self._ends(reader, place)[1] if found is None else int(found.offset)
+        place = self._place(topic, partition)
+        with self._using("read from"):
+            found = self._ready().offsets_for_times({place: int(bounded(time) * 1000)})[place]
+            return self._end(place) if found is None else int(found.offset)
 
     def commit(self, group: str, topic: str, offset: int, partition: int = 0) -> None:
         place = TopicPartition(self._connection.name(topic), partition)
         offsets = {place: OffsetAndMetadata(offset, "", -1)}
-        answer = self._ask("commit to", lambda admin: admin.alter_group_offsets(self._connection.name(group), offsets))
-        if (error := answer.get(place)) is not None and error.errno:
-            raise self._connection.explain("commit to", error())
+
+        def alter(admin: KafkaAdminClient) -> None:
+            error = admin.alter_group_offsets(self._connection.name(group), offsets)[place]
+            if error.errno:
+                raise error()
+
+        self._ask("commit to", alter)
 
     def committed(self, group: str, topic: str, partition: int = 0) -> int:
         place = TopicPartition(self._connection.name(topic), partition)
@@ -100,29 +114,43 @@ class KafkaLog:
     def close(self) -> None:
         with self._lock:
             self._sender.close()
-            if self._admin is not None:
-                self._admin.close()
-            if self._reader is not None:
-                self._reader.close(autocommit=False)
-            self._admin = self._reader = None
+            self._drop()
+
+    @contextmanager
+    def _using(self, doing: str) -> Iterator[None]:
+        """One thread at a time; what failed is made anew for the next."""
+        with self._lock:
+            try:
+                with self._connection.errors(doing):
+                    yield
+            except LogError:
+                self._drop()
+                raise
+
+    def _drop(self) -> None:
+        admin, reader, self._admin, self._reader = self._admin, self._reader, None, None
+        if admin is not None:
+            admin.close()
+        if reader is not None:
+            reader.close(autocommit=False)
 
     def _ask(self, doing: str, question: Callable[[KafkaAdminClient], T]) -> T:
-        with self._lock:
-            if self._admin is None:
-                self._admin = self._connection.admin()
-            deadline = time.monotonic() + self._connection.settings.timeout_s
-            with self._connection.errors(doing):
-                while True:
-                    try:
-                        return question(self._admin)
-                    except KafkaError as error:  # a group's coordinator takes a moment to be there
-                        if not error.retriable or time.monotonic() > deadline:
-                            raise
-                    time.sleep(0.1)
+        deadline = time.monotonic() + self._connection.settings.timeout_s
+        while True:
+            try:
+                with self._using(doing):
+                    if self._admin is None:
+                        self._admin = self._connection.admin()
+                    return question(self._admin)
+            except LogError as error:  # a group's coordinator takes a moment to be there
+                if not getattr(error.__cause__, "retriable", False) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
 
     def _ready(self) -> KafkaConsumer:
         if self._reader is None:
-            self._reader = KafkaConsumer(
+            self._reader = make(
+                KafkaConsumer,
                 **self._connection.options,
                 group_id=None,
                 metrics_enabled=False,
@@ -134,19 +162,24 @@ class KafkaLog:
             )
         return self._reader
 
-    def _at(self, topic: str, partition: int) -> tuple[KafkaConsumer, TopicPartition]:
+    def _place(self, topic: str, partition: int) -> TopicPartition:
+        count = self.partitions(topic)
+        if not 0 <= partition < count:
+            raise LogError(f"{topic} has partitions 0 to {count - 1}, not {partition}")
+        return TopicPartition(self._connection.name(topic), partition)
+
+    def _only(self, place: TopicPartition) -> KafkaConsumer:
         """The reader, at work on one partition alone; what it has fetched of others is kept."""
         reader = self._ready()
-        place = TopicPartition(self._connection.name(topic), partition)
-        assigned = reader.assignment()
-        if place not in assigned:
-            if partition >= self.partitions(topic):
-                raise LogError(f"{topic} has partitions 0 to {self.partitions(topic) - 1}, not {partition}")
-            reader.assign([*assigned, place])
-            reader.seek_to_beginning(place)
+        if place not in reader.assignment():
+            reader.assign([*reader.assignment(), place])
+            reader.seek(place, 0)
         reader.pause(*(other for other in reader.assignment() if other != place))
         reader.resume(place)
-        return reader, place
+        return reader
 
-    def _ends(self, reader: KafkaConsumer, place: TopicPartition) -> tuple[int, int]:
-        return int(reader.beginning_offsets([place])[place]), int(reader.end_offsets([place])[place])
+    def _first(self, place: TopicPartition) -> int:
+        return int(self._ready().beginning_offsets([place])[place])
+
+    def _end(self, place: TopicPartition) -> int:
+        return int(self._ready().end_offsets([place])[place])

@@ -5,18 +5,22 @@ message is on its way only when no other of its key is: what is sent again can c
 and copies are dropped by the id.
 """
 
-import contextlib
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from kafka import KafkaProducer, errors
 
 from thumbwheel.errors import LogError
-from thumbwheel.log.cloudevents import to_headers
-from thumbwheel.log.kafka.connection import MAX_BYTES, Connection
+from thumbwheel.log.cloudevents import bounded, to_headers
+from thumbwheel.log.kafka.client import make
+from thumbwheel.log.kafka.connection import LETTER_BYTES, Connection
 from thumbwheel.log.port import Message
 
 Item = tuple[str, Message]
 IN_FLIGHT_BYTES = 16 * 1024 * 1024
+
+_NEVER = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError, errors.InvalidTimestampError)
 
 
 class Undeliverable(LogError):
@@ -37,58 +41,56 @@ class Sender:
     def send(self, items: Sequence[Item]) -> list[int]:
         """Send messages to topics; returns their offsets once every in-sync replica has them.
 
-        Raises LogError when one of them is not known to have arrived, Undeliverable when it never will: then send all
-        of them again. At most `IN_FLIGHT_BYTES` of messages, and one of a key, are on their way at once.
+        Raises LogError when one of them is not known to have arrived: send them again. Raises Undeliverable when one
+        never will: send the others again. At most `IN_FLIGHT_BYTES`, and one of a key, are on their way at once.
         """
         offsets: list[int] = []
         for wave in _waves(items):
-            offsets += self._send(wave)
+            start = time.time()
+            try:
+                with self._connection.errors("send to"):
+                    offsets += self._send(wave, start)
+            except LogError:
+                self.close()  # what is still on its way must not overtake what is sent again
+                raise
         return offsets
 
-    def _send(self, wave: Sequence[Item]) -> list[int]:
-        connection = self._connection
-        doing = "send to"
+    def _send(self, wave: Sequence[Item], start: float) -> list[int]:
+        """One wave; it has an end for every message of it."""
+        producer = self._ready()
+        futures = [self._hand_over(producer, item) for item in wave]
+        deadline = time.monotonic() + 2 * self._connection.settings.timeout_s
+        failed = []
+        for item, future in zip(wave, futures, strict=True):
+            try:
+                future.get(max(0.0, deadline - time.monotonic()))  # flush() takes a batch that is split for a failure
+            except errors.KafkaError as error:
+                failed.append((item, error))
+        if not failed:
+            return [future.value.offset for future in futures]
+        for item, failure in failed:
+            if isinstance(failure, _NEVER):  # what lay in one batch with it has failed as well
+                raise Undeliverable(item, self._connection.explain("send to", failure, start)) from failure
+        raise failed[0][1]
+
+    def _hand_over(self, producer: KafkaProducer, item: Item) -> Any:
+        """The future of a message. One that is refused here and now has failed already."""
+        topic, message = item
         try:
-            with connection.errors(doing):
-                producer = self._ready()
-            futures = []
-            for item in wave:
-                topic, message = item
-                try:
-                    with connection.errors(doing):
-                        futures.append(
-                            producer.send(
-                                connection.name(topic),
-                                key=message.key.encode(errors="surrogateescape"),
-                                value=message.value,
-                                headers=to_headers(message),
-                                timestamp_ms=int(message.time * 1000),
-                            )
-                        )
-                except LogError as error:
-                    if isinstance(error.__cause__, _NEVER):
-                        raise Undeliverable(item, error) from error
-                    raise
-            with connection.errors(doing):
-                producer.flush(timeout=connection.settings.timeout_s * 2)
-            offsets = []
-            for item, future in zip(wave, futures, strict=True):
-                if not future.is_done:
-                    raise connection.explain(doing, TimeoutError("no answer in time"))
-                if future.failed():
-                    failure = connection.explain(doing, future.exception)
-                    if isinstance(future.exception, _NEVER):
-                        raise Undeliverable(item, failure) from future.exception
-                    raise failure from future.exception
-                offsets.append(future.value.offset)
-            return offsets
-        except LogError:
-            self.close()  # what is still on its way must not overtake what is sent again
-            raise
+            return producer.send(
+                self._connection.name(topic),
+                key=message.key.encode(errors="surrogateescape"),
+                value=message.value,
+                headers=to_headers(message),
+                timestamp_ms=int(bounded(message.time) * 1000),
+            )
+        except _NEVER as error:
+            return _Refused(error)
 
     def _ready(self) -> KafkaProducer:
         if self._producer is None:
-            self._producer = KafkaProducer(
+            self._producer = make(
+                KafkaProducer,
                 **self._connection.options,
                 acks="all",
                 enable_idempotence=True,
@@ -96,7 +98,7 @@ class Sender:
                 allow_auto_create_topics=False,
                 linger_ms=2,
                 batch_size=256 * 1024,
-                max_request_size=MAX_BYTES,
+                max_request_size=LETTER_BYTES,
                 max_block_ms=self._connection.timeout_ms,
                 delivery_timeout_ms=self._connection.timeout_ms + 1000,
             )
@@ -104,13 +106,22 @@ class Sender:
 
     def close(self) -> None:
         """Drop the producer with what it still holds; the next message makes a new one."""
-        if self._producer is not None:
-            with contextlib.suppress(errors.KafkaError):
-                self._producer.close(timeout=0)
-            self._producer = None
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            # Where something is on its way still, close() alone gives up, and its thread goes on sending.
+            producer._sender.force_close()
+            producer._sender.join(self._connection.settings.timeout_s)
+            producer.close(timeout=0)
 
 
-_NEVER = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError, errors.InvalidTimestampError)
+class _Refused:
+    """The future of a message that the producer did not take."""
+
+    def __init__(self, error: errors.KafkaError) -> None:
+        self._error = error
+
+    def get(self, timeout: float) -> None:
+        raise self._error
 
 
 def _waves(items: Sequence[Item]) -> Iterator[list[Item]]:

@@ -1,14 +1,17 @@
 """The topics that the log needs: making them, and saying in words what is wrong with those that are there."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.errors import TopicAlreadyExistsError
 
 from thumbwheel.errors import LogError
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT
 from thumbwheel.log.deadletter import dlq
-from thumbwheel.log.kafka.connection import MAX_BYTES, Connection
+from thumbwheel.log.kafka.connection import LETTER_BYTES, MAX_BYTES, Connection
 from thumbwheel.settings import Settings
 
 _DAY_MS = 86_400_000
@@ -55,7 +58,8 @@ def wanted(settings: Settings) -> list[Topic]:
     for name, kept in retention.items():
         partitions = 1 if name == ROLLOUT else kafka.partitions
         topics.append(Topic(name, partitions, kafka.replication, common | {"retention.ms": kept}))
-        topics.append(Topic(dlq(name), 1, kafka.replication, common | {"retention.ms": _FOREVER}))
+        letters = {"retention.ms": _FOREVER, "max.message.bytes": str(LETTER_BYTES)}
+        topics.append(Topic(dlq(name), 1, kafka.replication, common | letters))
     return topics
 
 
@@ -66,33 +70,38 @@ def make(settings: Settings) -> list[str]:
     """
     connection = Connection(settings)
     admin = connection.admin()
-    kafka = settings.log.kafka
     try:
-        with connection.errors("make topics in"):
-            there = set(admin.list_topics())
-            missing = [topic for topic in wanted(settings) if connection.name(topic.name) not in there]
-            if not missing:
-                return []
-            brokers = len(admin.describe_cluster()["brokers"])
-            if kafka.replication > brokers:
-                raise LogError(
-                    f"[log.kafka] replication is {kafka.replication}, but the cluster has {brokers} broker(s): start "
-                    "more, or set replication (and min_insync_replicas) lower and live with what a dead broker takes"
-                )
-            admin.create_topics(
-                {
-                    connection.name(topic.name): {
-                        "num_partitions": topic.partitions,
-                        "replication_factor": topic.replication,
-                        "configs": topic.configs,
-                    }
-                    for topic in missing
-                },
-                wait_for_metadata=True,
-            )
-            return [connection.name(topic.name) for topic in missing]
+        while True:
+            with connection.errors("make topics in"):
+                try:
+                    return _make_missing(settings, connection, admin)
+                except TopicAlreadyExistsError:  # somebody else makes them at the same time
+                    time.sleep(0.1)
     finally:
         admin.close()
+
+
+def _make_missing(settings: Settings, connection: Connection, admin: KafkaAdminClient) -> list[str]:
+    there = set(admin.list_topics())
+    missing = {
+        connection.name(topic.name): {
+            "num_partitions": topic.partitions,
+            "replication_factor": topic.replication,
+            "configs": topic.configs,
+        }
+        for topic in wanted(settings)
+        if connection.name(topic.name) not in there
+    }
+    if not missing:
+        return []
+    brokers, replication = len(admin.describe_cluster()["brokers"]), settings.log.kafka.replication
+    if replication > brokers:
+        raise LogError(
+            f"[log.kafka] replication is {replication}, but the cluster has {brokers} broker(s): start more, or set "
+            "replication (and min_insync_replicas) lower and live with what a dead broker takes"
+        )
+    admin.create_topics(missing, wait_for_metadata=True)
+    return list(missing)
 
 
 def check(settings: Settings) -> list[Problem]:
