@@ -1,9 +1,9 @@
 """One request on its way to vLLM and back.
 
 An answer is passed on byte for byte as vLLM would have sent it without the gateway; only the model's name is the one
-that the client asked for. The event is handed to the log when the answer is out and is not waited for: a `kill -9` may
-lose the exchanges of the last few milliseconds. A vote is never lost that way (see `feedback.py`), and a graceful
-shutdown writes everything.
+that the client asked for. The exchange is durable on the local log before its answer ends: before a whole answer is
+sent, before the last event of a stream. What a client has seen to its end is never lost. A local log that fails, or
+takes longer than a second, holds no answer back: it is counted, and said.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from serve.injection import Endpoint, Json, inject, strip_answer, strip_chunk
 from serve.routing import Route, Router
 from thumbwheel.errors import LogError
 from thumbwheel.events import ResponseGenerated, Timings, new_id
+from thumbwheel.log import Appended
 from thumbwheel.log.group import GroupCommit
 from thumbwheel.settings import Settings
 
@@ -34,6 +35,8 @@ Outcome = Literal["completed", "client_disconnected", "engine_error", "timeout"]
 PREFIX: dict[Endpoint, str] = {"chat.completions": "chatcmpl-", "completions": "cmpl-"}
 UNSTORED = "ns"
 """Comes before the hex of a response id that is not on the log (`store: false`)."""
+LOG_PATIENCE_S = 1.0
+"""How long an answer waits for the local disk."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class Exchange:
         self._capture = Capture(endpoint, request)
         self._first_token_s: float | None = None
         self._started = False
+        self._submitted = False
         self._outcome: Outcome | Literal["rejected"] = "client_disconnected"
         self._error: str | None = None
 
@@ -86,7 +90,7 @@ class Exchange:
                 crash = None if relay.cancelled() else relay.exception()
                 if crash is not None:  # an answer of a shape that nobody foresaw
                     self._outcome, self._error = "engine_error", repr(crash)
-                self._record()
+                self._submit()
             if crash is not None:
                 raise crash
 
@@ -95,7 +99,7 @@ class Exchange:
         limit = line.settings.engine.request_timeout_s
         try:
             async with (
-                asyncio.timeout(limit),
+                asyncio.timeout(limit) as self._limit,
                 line.session.post(
                     f"{line.engine_url()}/v1/{self._endpoint.replace('.', '/')}",
                     data=orjson.dumps(self._forwarded),
@@ -128,6 +132,7 @@ class Exchange:
         # As Starlette's JSONResponse in vLLM does it: orjson writes some floats differently (1e-5 for 1e-05).
         body = json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         self._outcome = "completed"
+        await self._record()
         await self._send_whole(send, 200, body)
 
     async def _stream(self, upstream: aiohttp.ClientResponse, send: Send) -> None:
@@ -143,6 +148,7 @@ class Exchange:
                 # Settled before it is sent: a client may hang up as soon as it has read this.
                 self._error = self._capture.error
                 self._outcome = "completed" if self._error is None else "engine_error"
+                await self._record()
             if out:
                 await send({"type": "http.response.body", "body": b"".join(out), "more_body": True})
         if not done:
@@ -207,18 +213,36 @@ class Exchange:
     def _response_id(self) -> str:
         return PREFIX[self._endpoint] + self._request_id
 
-    def _record(self) -> None:
+    async def _record(self) -> None:
+        """Return once the exchange is durable, or the log has failed or taken too long."""
+        self._limit.reschedule(None)  # the engine has answered in time; what comes now is not its fault
+        appended = self._submit()
+        if appended is None:
+            return
+        done, _ = await asyncio.wait((appended,), timeout=LOG_PATIENCE_S)
+        if not done:
+            metrics.LOG_LATE.inc()
+            logger.error("the log has not taken %s within %g s; its answer goes out", self._response_id, LOG_PATIENCE_S)
+
+    def _submit(self) -> "asyncio.Future[Appended] | None":
+        """Hand the exchange to the log, once; None where there is nothing to wait for."""
+        if self._submitted:
+            return None
+        self._submitted = True
         duration_s = time.perf_counter() - self._arrived
         version = self._route.version
         metrics.count_exchange(
             self._endpoint, version, self._outcome, self._first_token_s, duration_s, self._capture.tokens
         )
         if not self._stored or self._outcome == "rejected":
-            return
+            return None
         try:
-            self._line.commit.submit(self._to_event(duration_s)).add_done_callback(_appended)
+            appended = self._line.commit.submit(self._to_event(duration_s))
         except LogError as error:
             _not_appended(error)
+            return None
+        appended.add_done_callback(_appended)
+        return appended
 
     def _to_event(self, duration_s: float) -> ResponseGenerated:
         assert self._outcome != "rejected"
@@ -252,7 +276,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _appended(future: "asyncio.Future[Any]") -> None:
+def _appended(future: "asyncio.Future[Appended]") -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
         _not_appended(error)
 

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -13,12 +14,14 @@ import uvloop
 from serve.app import create_app
 from serve.auth import Keys
 from serve.engine import Engine
+from serve.forwarder import ForwarderProcess
 from serve.reconciler import Reconciler
 from serve.routing import Router
 from thumbwheel.daemon import configure_logging
 from thumbwheel.errors import LogError, SettingsError
 from thumbwheel.log import SqliteLog
 from thumbwheel.log.group import GroupCommit
+from thumbwheel.log.outbox import Outbox
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
@@ -38,29 +41,56 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ThumbwheelError where it cannot start, or its engine does not."""
+def run(settings: Settings, config: Path | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `config` is the file that the settings came from.
+
+    Raises ThumbwheelError where it cannot start, or its engine does not.
+    """
     configure_logging("gateway")
     path = settings.path(settings.gateway.keys)
     if not path.is_file():
         raise SettingsError(f"there are no API keys in {path} ([gateway] keys): make one with `thumbwheel keys add`")
     keys = Keys(path)
     listener = listen(settings.gateway.host, settings.gateway.port)
-    log = SqliteLog(settings.path(settings.log.path))
+    log, rollout = logs(settings)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings, keys, log, listener))
+            runner.run(serve(settings, keys, log, rollout, listener, config))
     finally:
         listener.close()
+        rollout.close()
         log.close()
 
 
-async def serve(settings: Settings, keys: Keys, log: SqliteLog, listener: socket.socket) -> None:
+def logs(settings: Settings) -> tuple[SqliteLog, SqliteLog]:
+    """The log that a gateway appends to and the one that it reads the rollout from, both on this machine.
+
+    Raises SettingsError or LogError where they cannot be had.
+
+    With Kafka they are the outbox and the mirror, and the forwarder carries between them and the cluster.
+    """
+    if settings.log.backend == "kafka":
+        from thumbwheel.log.kafka.connection import Connection
+
+        Connection(settings)  # what is wrong with the settings is said here and not, over and over, by the forwarder
+        outbox = Outbox(settings.path(settings.log.outbox), settings.log.outbox_max_bytes)
+        return outbox, SqliteLog(settings.path(settings.log.mirror), "[log] mirror")
+    log = SqliteLog(settings.path(settings.log.path))
+    return log, log
+
+
+async def serve(
+    settings: Settings, keys: Keys, log: SqliteLog, rollout: SqliteLog, listener: socket.socket, config: Path | None
+) -> None:
     """HTTP answers at once (`/readyz` says what is missing); the engine comes up beside it."""
     router = Router()
     commit = GroupCommit(log)
     engine = Engine(settings, on_down=router.close)
-    reconciler = Reconciler(settings, log, commit, AdapterStore(settings.path(settings.store.path)), engine, router)
+    store = AdapterStore(settings.path(settings.store.path))
+    reconciler = Reconciler(settings, rollout, commit, store, engine, router)
+    forwarding = None
+    if settings.log.backend == "kafka":
+        forwarding = asyncio.create_task(ForwarderProcess(config).run())
     server = Server(
         uvicorn.Config(
             create_app(settings, router, log, commit, keys, lambda: engine.url),
@@ -75,14 +105,17 @@ async def serve(settings: Settings, keys: Keys, log: SqliteLog, listener: socket
     async with engine.client:
         supervision = asyncio.create_task(engine.run())
         reconciliation = asyncio.create_task(reconciler.run())
-        for task in (supervision, reconciliation):  # neither ends but by an error, which ends the gateway
+        tasks = [supervision, reconciliation, *([forwarding] if forwarding else [])]
+        for task in tasks:  # none ends but by an error, which ends the gateway
             task.add_done_callback(lambda _: server.stop())
         logger.info("listening on %s:%d", *listener.getsockname()[:2])
         try:
             await server.serve(sockets=[listener])
         finally:
-            failed = [task for task in (supervision, reconciliation) if task.done()]
+            failed = [task for task in tasks if task.done()]
             await _leave(supervision, reconciliation, reconciler, commit)
+            if forwarding:
+                await _end(forwarding)
     for task in failed:
         task.result()
 

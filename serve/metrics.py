@@ -25,6 +25,9 @@ DURATION = Histogram(
 TOKENS = Counter("thumbwheel_gateway_tokens_total", "Tokens, kind prompt or sampled.", ("version", "kind"))
 FEEDBACK = Counter("thumbwheel_gateway_feedback_total", "Votes, by what became of them.", ("rating", "result"))
 APPEND_FAILURES = Counter("thumbwheel_gateway_log_append_failures_total", "Exchanges that the log did not take.")
+LOG_LATE = Counter(
+    "thumbwheel_gateway_log_late_total", "Answers that went out before the log, given its time, had their exchange."
+)
 IN_FLIGHT = Gauge("thumbwheel_gateway_in_flight_requests", "Requests that are being answered.")
 
 _versions: OrderedDict[str, None] = OrderedDict()

@@ -26,6 +26,7 @@ from thumbwheel.errors import AdapterError, LogError
 from thumbwheel.events import BASE, ReplicaReported, ReplicaVersion
 from thumbwheel.log import SqliteLog
 from thumbwheel.log.group import GroupCommit
+from thumbwheel.log.mirror import whole
 from thumbwheel.reader import RolloutFollower
 from thumbwheel.rollout import Rollout
 from thumbwheel.settings import Settings
@@ -88,8 +89,11 @@ class Reconciler:
         engine: Engine,
         router: Router,
     ) -> None:
-        """Raises AdapterError where the base model cannot be read: its fingerprint is what adapters are checked by."""
+        """`log` is where the rollout is read. Raises AdapterError where the base model cannot be read: its fingerprint
+        is what adapters are checked by."""
         self._settings = settings
+        self._log = log
+        self._known = settings.log.backend == "sqlite"
         self._follower = RolloutFollower(log)
         self._commit = commit
         self._store = store
@@ -121,6 +125,8 @@ class Reconciler:
 
     async def step(self) -> None:
         """One round: read the log, take in what was loaded, flip, start the next load, tidy up, report."""
+        if not self._known and not await self._read_whole():
+            return
         await asyncio.get_running_loop().run_in_executor(self._thread, self._follower.poll)
         state = self._follower.state
         wanted = state.wanted(self._settings.engine.max_loras)
@@ -135,6 +141,13 @@ class Reconciler:
             await self._tidy(wanted)
         self._note_swap()
         await self._report()
+
+    async def _read_whole(self) -> bool:
+        """A mirror that has never held the whole rollout does not know the champion: nothing is routed by it."""
+        self._known = await asyncio.get_running_loop().run_in_executor(self._thread, whole, self._log)
+        if not self._known:
+            self._router.close("the rollout has not been read from Kafka yet; the forwarder's log says why")
+        return self._known
 
     async def leave(self) -> None:
         """Say on the log that this replica is gone."""

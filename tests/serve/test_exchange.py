@@ -5,20 +5,24 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import orjson
 import pytest
 
 from serve.auth import user_hash
-from tests.serve.test_feedback import error
+from tests.serve.test_feedback import error, response_id
 from tests.serve.upstream import STREAM, WHOLE, Upstream, recorded
 from tests.serving import Gateway, Host, comparable, gateway
 from tests.shapes import ASK, CHAT, SHAPES, TEXT
 from thumbwheel.errors import LogError
-from thumbwheel.events import RESPONSES
-from thumbwheel.log import SqliteLog
+from thumbwheel.events import FEEDBACK, RESPONSES
+from thumbwheel.log import Message, SqliteLog
+from thumbwheel.log.outbox import Outbox
 
 
 def as_asked(body: bytes) -> bytes:
@@ -296,6 +300,164 @@ def test_a_log_that_fails_costs_no_answer_and_is_told(
     while "disk is full" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class SlowLog:
+    """The commits of a gateway's log, held up by a test."""
+
+    def __init__(self, log: SqliteLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._append_all = log.append_all
+        self.let_go = threading.Event()
+        self.asked = threading.Event()
+        monkeypatch.setattr(log, "append_all", self.append_all)
+
+    def append_all(self, items: Any) -> Any:
+        self.asked.set()
+        self.let_go.wait(10)
+        return self._append_all(items)
+
+
+@pytest.fixture
+def slow(served: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowLog]:
+    log = SlowLog(served.log, monkeypatch)
+    yield log
+    log.let_go.set()
+
+
+@pytest.mark.parametrize("shape", ["chat", "text"])
+def test_a_whole_answer_is_on_the_log_before_the_client_has_it(
+    engine: Upstream, served: Gateway, client: httpx.Client, slow: SlowLog, shape: str
+) -> None:
+    path, request = SHAPES[shape]
+    engine.enqueue_recorded(shape)
+    threading.Timer(0.3, slow.let_go.set).start()
+    began = time.monotonic()
+    assert client.post(path, json=request).status_code == 200
+    assert len(served.exchanges()) == 1
+    assert time.monotonic() - began > 0.3
+
+
+def test_a_stream_is_on_the_log_before_its_done_and_only_the_end_waits_for_that(
+    engine: Upstream, served: Gateway, client: httpx.Client, slow: SlowLog
+) -> None:
+    events = recorded("chat-stream").split(b"\n\n")[:-1]
+    engine.enqueue(*(event + b"\n\n" for event in events), content_type=STREAM, pause_s=0.01)
+    with client.stream("POST", CHAT, json={"messages": ASK, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        while 'finish_reason":"stop' not in next(lines):
+            pass
+        assert slow.asked.wait(5)
+        assert served.exchanges() == []
+        threading.Timer(0.2, slow.let_go.set).start()
+        while next(lines) != "data: [DONE]":
+            pass
+        assert len(served.exchanges()) == 1
+
+
+@pytest.mark.parametrize("shape", ["chat", "chat-stream"])
+def test_a_log_that_hangs_keeps_no_answer_back_for_long_and_is_counted(
+    engine: Upstream,
+    served: Gateway,
+    client: httpx.Client,
+    slow: SlowLog,
+    shape: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve.exchange.LOG_PATIENCE_S", 0.2)
+    late = counted(client, "late")
+    path, request = SHAPES[shape]
+    engine.enqueue_recorded(shape)
+    began = time.monotonic()
+    answer = client.post(path, json={**request, "model": "policy"})
+    assert 0.2 < time.monotonic() - began < 3
+    assert comparable(shape, answer.content) == comparable(shape, as_asked(recorded(shape, "plain")))
+    assert served.exchanges() == []
+    assert counted(client, "late") == late + 1
+    slow.let_go.set()
+    served.exchange()
+
+
+@pytest.mark.parametrize("shape", ["chat", "chat-stream"])
+def test_a_log_that_fails_keeps_no_answer_back_and_is_counted(
+    engine: Upstream, served: Gateway, client: httpx.Client, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(items: object) -> None:
+        raise LogError("the disk is full")
+
+    monkeypatch.setattr(served.log, "append_all", fail)
+    failures = counted(client, "append_failures")
+    path, request = SHAPES[shape]
+    engine.enqueue_recorded(shape)
+    answer = client.post(path, json={**request, "model": "policy"})
+    assert comparable(shape, answer.content) == comparable(shape, as_asked(recorded(shape, "plain")))
+    assert counted(client, "append_failures") == failures + 1
+
+
+def test_a_client_that_leaves_while_the_log_is_waited_for_is_recorded_once_and_as_answered(
+    engine: Upstream, served: Gateway, client: httpx.Client, slow: SlowLog
+) -> None:
+    engine.enqueue_recorded("chat")
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json={"messages": ASK}, timeout=0.2)
+    time.sleep(0.2)
+    slow.let_go.set()
+    assert served.exchange().outcome == "completed"
+    engine.enqueue_recorded("chat")
+    client.post(CHAT, json={"messages": ASK})
+    assert len(served.exchanges()) == 2
+
+
+def test_the_time_that_the_log_takes_is_not_the_engines(
+    host: Host, tmp_path: Path, engine: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gateway(host, tmp_path, engine.url, engine={"request_timeout_s": 0.3}) as served:
+        slow = SlowLog(served.log, monkeypatch)
+        threading.Timer(0.6, slow.let_go.set).start()
+        engine.enqueue_recorded("chat")
+        headers = {"Authorization": f"Bearer {served.app_key}"}
+        assert httpx.post(served.url + CHAT, json={"messages": ASK}, headers=headers).status_code == 200
+        assert served.exchange().outcome == "completed"
+
+
+def counted(client: httpx.Client, what: str) -> float:
+    """`/metrics` of what the log did to answers."""
+    found = re.search(rf"^thumbwheel_gateway_log_{what}_total (\S+)$", client.get("/metrics").text, re.M)
+    assert found is not None
+    return float(found[1])
+
+
+def test_an_outbox_full_of_votes_refuses_more_by_the_setting_and_chats_are_answered_until_kafka_took_them(
+    host: Host, tmp_path: Path, engine: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def outbox(path: Path) -> Outbox:
+        made.append(Outbox(path, 1_000_000))
+        return made[-1]
+
+    monkeypatch.setattr("tests.serving.SqliteLog", outbox)
+    with gateway(host, tmp_path, engine.url) as served:
+        (log,) = made
+        headers = {"Authorization": f"Bearer {served.app_key}"}
+        with suppress(LogError):
+            for number in range(10_000):
+                log.append(FEEDBACK, [Message(f"v{number}", f"k{number}", 1.0, b"{}".ljust(900))])
+        with httpx.Client(base_url=served.url, headers=headers) as client:
+            failures = counted(client, "append_failures")
+            vote = {"response_id": response_id(), "rating": "down"}
+            refused = client.post("/v1/feedback", json=vote)
+            assert refused.status_code == 503
+            assert error(refused)["type"] == "ServiceUnavailableError"
+            assert "[log] outbox_max_bytes" in error(refused)["message"]
+            engine.enqueue_recorded("chat")
+            assert client.post(CHAT, json={"messages": ASK}).status_code == 200
+            assert counted(client, "append_failures") == failures + 1
+            while waiting := log.next(FEEDBACK, 1000, 10**6):
+                log.sent(FEEDBACK, waiting[-1])
+            assert client.post("/v1/feedback", json=vote).status_code == 202
+            engine.enqueue_recorded("chat")
+            assert client.post(CHAT, json={"messages": ASK}).status_code == 200
+            assert counted(client, "append_failures") == failures + 1
 
 
 def test_a_graceful_stop_writes_every_exchange(host: Host, tmp_path: Path, engine: Upstream) -> None:

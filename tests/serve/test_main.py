@@ -12,8 +12,11 @@ from serve.main import run
 from tests.adapters import append, decided, submitted, tiny_adapter
 from tests.launch import GatewayProcess, wait_for
 from tests.serve.engine_stub import EngineStub, stub_engine
+from tests.serve.test_feedback import response_id
 from thumbwheel.errors import SettingsError
-from thumbwheel.events import RESPONSES, ROLLOUT, ReplicaReported, decode
+from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, ReplicaReported, decode
+from thumbwheel.log import SqliteLog
+from thumbwheel.log.mirror import WHOLE
 from thumbwheel.reader import read_all
 from thumbwheel.settings import GatewaySettings, Settings
 from thumbwheel.store import fingerprint
@@ -92,3 +95,51 @@ def test_a_missing_base_model_ends_it_with_the_setting_to_look_at(tmp_path: Path
     with process:
         assert process.process.wait(30) == 4
         assert "[engine] model" in process.output.read_text()
+
+
+NOWHERE = {"backend": "kafka", "forwarder_metrics_port": 0, "kafka": {"bootstrap": "127.0.0.1:9", "timeout_s": 1.0}}
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path, stub: EngineStub) -> GatewayProcess:
+    """A gateway whose Kafka is away."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return GatewayProcess(tmp_path, engine={"url": stub.url}, log=NOWHERE)
+
+
+def test_while_kafka_is_away_the_champion_of_then_is_served_and_votes_are_taken(cut_off: GatewayProcess) -> None:
+    adapter = tiny_adapter(cut_off.store, "v1", fingerprint(cut_off.settings.path(Path("model"))))
+    mirror = SqliteLog(cut_off.settings.path(cut_off.settings.log.mirror))
+    append(mirror, submitted(adapter), *decided(adapter))
+    mirror.commit(WHOLE, ROLLOUT, mirror.ends(ROLLOUT)[1])
+    mirror.close()
+    with cut_off:
+        cut_off.until_ready()
+        wait_for(lambda: 'version="v1"} 1.0' in cut_off.get("/metrics")[1], 10, "v1 is served")
+        body = {"model": "policy", "prompt": "Hello", "max_tokens": 1}
+        status, _, headers = cut_off.post("/v1/completions", body)
+        assert (status, headers["x-thumbwheel-version"]) == (200, "v1")
+        assert cut_off.post("/v1/feedback", {"response_id": response_id(), "rating": "up"})[0] == 202
+        wait_for(lambda: "[log.kafka] bootstrap" in cut_off.output.read_text(), 15, "the forwarder says what is wrong")
+        assert cut_off.terminate() == 0
+    outbox = SqliteLog(cut_off.settings.path(cut_off.settings.log.outbox))
+    assert (outbox.ends(RESPONSES), outbox.ends(FEEDBACK)) == ((0, 1), (0, 1))
+    outbox.close()
+
+
+def test_without_a_mirror_it_is_not_ready_before_kafka_was_read_and_says_so(cut_off: GatewayProcess) -> None:
+    with cut_off:
+        wait_for(lambda: "has not been read from Kafka" in cut_off.get("/readyz")[1], 20, "the reason")
+        assert cut_off.get("/readyz")[0] == 503
+        assert cut_off.post("/v1/completions", {"model": "policy", "prompt": "Hello"})[0] == 503
+        assert cut_off.post("/v1/feedback", {"response_id": response_id(), "rating": "up"})[0] == 202
+
+
+def test_settings_of_kafka_that_cannot_work_end_it_with_the_setting_to_look_at(
+    tmp_path: Path, stub: EngineStub
+) -> None:
+    process = GatewayProcess(tmp_path, engine={"url": stub.url}, log={"backend": "kafka"})
+    with process:
+        assert process.process.wait(30) == 2
+        assert "[log.kafka] bootstrap" in process.output.read_text()

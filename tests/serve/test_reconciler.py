@@ -13,6 +13,7 @@ from tests.serve.engine_stub import EngineStub, stub_engine
 from tests.serve.world import until, world
 from thumbwheel.events import BASE, ROLLOUT, AdapterRolledBack, ReplicaReported, decode
 from thumbwheel.log import SqliteLog
+from thumbwheel.log.mirror import WHOLE
 from thumbwheel.reader import read_all
 from thumbwheel.rollout import Rollout
 from thumbwheel.store import WEIGHTS, Adapter
@@ -266,6 +267,22 @@ async def test_the_report_is_repeated_as_a_sign_of_life_and_the_last_one_takes_l
     assert isinstance(last, ReplicaReported)
     assert last.leaving
     assert (last.replica, last.source) == ("r7", "gateway/r7")
+
+
+async def test_nothing_is_routed_by_a_mirror_that_never_held_the_whole_rollout(
+    tmp_path: Path, stub: EngineStub
+) -> None:
+    async with world(tmp_path, stub, backend="kafka") as w:
+        adapter = w.submit("v1")
+        await until(lambda: "has not been read from Kafka" in (w.router.why_not_ready() or ""))
+        await asyncio.sleep(0.1)
+        assert not any(call.startswith("load") for call in stub.calls)
+        assert w.reports() == []
+        w.promote(adapter)
+        w.log.commit(WHOLE, ROLLOUT, w.log.ends(ROLLOUT)[1])
+        await until(lambda: w.serves("v1"))
+    async with world(tmp_path, stub, backend="kafka") as w:
+        await until(lambda: w.serves("v1"))
 
 
 def held(version: str, proved: bool = True, why: str = "") -> Held:

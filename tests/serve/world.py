@@ -61,12 +61,20 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def world(directory: Path, stub: EngineStub, **gateway: Any) -> AsyncIterator[World]:
-    """Engine watch and reconciler, running until the end of the block; then the replica takes leave."""
+async def world(directory: Path, stub: EngineStub, backend: str = "sqlite", **gateway: Any) -> AsyncIterator[World]:
+    """Engine watch and reconciler, running until the end of the block; then the replica takes leave.
+
+    With the backend "kafka" the log is a mirror, and nobody fills it but the test.
+    """
     model = directory / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
-    settings = Settings(data=directory, engine={"url": stub.url, "max_loras": 2}, gateway={"poll_s": 0.01} | gateway)
+    settings = Settings(
+        data=directory,
+        log={"backend": backend},
+        engine={"url": stub.url, "max_loras": 2},
+        gateway={"poll_s": 0.01} | gateway,
+    )
     log = SqliteLog(settings.path(settings.log.path))
     commit, router = GroupCommit(log), Router()
     store = AdapterStore(settings.path(settings.store.path))
