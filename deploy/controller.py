@@ -3,7 +3,7 @@
     step: read what is new → decide (pure) → append
 
 It keeps no state of its own. A decision's id is made from what it decides on, so a controller that was killed after an
-append, or a second one beside it, appends the same id again and the log drops it.
+append, or a second one beside it, appends the same id again, and the log or its readers drop it.
 """
 
 import logging
@@ -23,7 +23,7 @@ from thumbwheel.events import (
     ReplicaReported,
     RolloutEvent,
 )
-from thumbwheel.log import Log, SqliteLog, message_of
+from thumbwheel.log import Log, message_of, open_log
 from thumbwheel.reader import RolloutFollower
 from thumbwheel.rollout import Candidate, Rollout, apply
 from thumbwheel.settings import DeploySettings, Settings
@@ -141,19 +141,25 @@ class Controller:
     def __init__(self, log: Log, settings: DeploySettings) -> None:
         self._log = log
         self._settings = settings
-        self._follower = RolloutFollower(log)
+        self._follower = RolloutFollower(log, CONTROLLER)
+        self._appended: set[str] = set()
 
     @property
     def state(self) -> Rollout:
         return self._follower.state
 
     def step(self) -> bool:
-        """Read, decide, append. Whether anything was appended, so that more may follow from it."""
+        """Read, decide, append. Whether anything was appended, so that more may follow from it.
+
+        A decision is appended once: it may take a moment until it is read.
+        """
         self._follower.poll()
-        decided = decide(self.state, self._settings, time.time())
+        decisions = decide(self.state, self._settings, time.time())
+        decided = [event for event in decisions if event.id not in self._appended]
         if not decided:
             return False
         appended = self._log.append(ROLLOUT, [message_of(event) for event in decided])
+        self._appended.update(event.id for event in decided)
         fresh = [event for event, where in zip(decided, appended, strict=True) if not where.duplicate]
         for event in fresh:
             logger.info("%s: %s", event.version, _words(event))
@@ -173,10 +179,12 @@ def _words(event: Decision) -> str:
 def run(settings: Settings) -> None:
     """Control the rollout until SIGTERM or SIGINT."""
     configure_logging("control")
-    log = SqliteLog(settings.path(settings.log.path))
+    log = open_log(settings)
+    kafka = settings.log.backend == "kafka"
+    place = f"Kafka at {settings.log.kafka.bootstrap}" if kafka else settings.path(settings.log.path)
     controller = Controller(log, settings.deploy)
     REGISTRY.register(RolloutCollector(lambda: controller.state, settings.deploy.replica_silence_s))
-    logger.info("approval is %s; the log is %s", settings.deploy.approval, log.path)
+    logger.info("approval is %s; the log is %s", settings.deploy.approval, place)
     try:
         Daemon(settings.deploy.metrics_port).run(controller.step, settings.deploy.poll_s)
     finally:

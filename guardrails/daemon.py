@@ -12,13 +12,14 @@ from guardrails.sampler import SamplingError
 from thumbwheel.daemon import Daemon, configure_logging
 from thumbwheel.errors import AdapterError
 from thumbwheel.events import CheckResult, EvaluationReported, ReplicaVersion
-from thumbwheel.log import Log, SqliteLog, message_of
+from thumbwheel.log import Log, message_of, open_log
 from thumbwheel.reader import RolloutFollower
 from thumbwheel.rollout import Candidate
 from thumbwheel.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+GROUP = "guardrails"
 Evaluate = Callable[[Settings, str, str], Awaitable[EvaluationReported]]
 _RETRY_S = 5.0
 
@@ -33,7 +34,7 @@ def run(settings: Settings) -> None:
         suite.load(name)
     evaluator_key(settings)
     daemon = Daemon(settings.guardrails.metrics_port)
-    log = SqliteLog(settings.path(settings.log.path))
+    log = open_log(settings)
     try:
         guardrails = Guardrails(settings, log, daemon.should_exit.is_set)
         logger.info("suites %s; gateway %s", ", ".join(settings.guardrails.suites), settings.guardrails.gateway)
@@ -60,7 +61,8 @@ class Guardrails:
         self._log = log
         self._should_exit = should_exit
         self._evaluate = evaluate
-        self._follower = RolloutFollower(log)
+        self._follower = RolloutFollower(log, GROUP)
+        self._reported: set[tuple[str, str]] = set()
         self._not_before = 0.0
 
     def step(self) -> bool:
@@ -69,7 +71,9 @@ class Guardrails:
         if time.monotonic() < self._not_before:
             return False
         for candidate in self._follower.state.open():
-            if candidate.report is None and (seen := self._replicas(candidate)) and self._report_on(candidate, seen):
+            if candidate.report is not None or (candidate.version, candidate.digest) in self._reported:
+                continue  # what was appended may take a moment to be read
+            if (seen := self._replicas(candidate)) and self._report_on(candidate, seen):
                 return True
         return False
 
@@ -96,6 +100,7 @@ class Guardrails:
         if found is None:
             return False
         (appended,) = self._log.append(found.topic, [message_of(found)])
+        self._reported.add((candidate.version, candidate.digest))
         self._follower.poll()
         if not appended.duplicate:
             metrics.observe(found, time.monotonic() - start)

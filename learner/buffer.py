@@ -1,23 +1,28 @@
 """The learner's own SQLite file: what it has read off the log, and what became of each vote.
 
 Events, the standing of the votes that they touch and the offset that they came from land in one transaction: killed at
-any moment, it goes on where it was, and a record that is read twice changes nothing. What has been *learned* is decided
-by the checkpoint; `learned` here repeats it, before anything else is read.
+any moment, it goes on where it was, and a record that is read twice changes nothing. Offsets are kept for each log: on
+another one everything is read again, and ids say what is known. What has been *learned* is decided by the checkpoint;
+`learned` here repeats it, before anything else is read.
 """
 
-import json
+import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from learner.admission import HELD_OUT, admit
-from learner.join import Vote, join
-from thumbwheel.errors import ThumbwheelError
-from thumbwheel.events import FeedbackSubmitted, ResponseGenerated, decode
+import orjson
+
+from learner.admission import HELD_OUT, Answer, admit
+from learner.join import State, Vote, join
+from thumbwheel.errors import LogError, ThumbwheelError
+from thumbwheel.events import FeedbackSubmitted, ResponseGenerated
 from thumbwheel.log import Record
 from thumbwheel.migrations import migrate
+from thumbwheel.reader import event_of
 
 MIGRATIONS = (
     """
@@ -54,7 +59,50 @@ MIGRATIONS = (
         PRIMARY KEY (topic, partition, "offset")
     );
     """,
+    """
+    DROP TABLE unreadable;
+    DROP TABLE offsets;
+    CREATE TABLE offsets (
+        log TEXT NOT NULL,
+        topic TEXT NOT NULL,
+        partition INTEGER NOT NULL,
+        "offset" INTEGER NOT NULL,
+        PRIMARY KEY (log, topic, partition)
+    ) WITHOUT ROWID;
+    UPDATE answers SET prompt = replace(prompt, ', ', ','), completion = replace(completion, ', ', ',');
+    CREATE TABLE held_out (number INTEGER PRIMARY KEY, prompt TEXT NOT NULL UNIQUE);
+    INSERT INTO held_out (prompt)
+        SELECT prompt FROM answers WHERE problem = 'its prompt is held out to measure KL'
+        GROUP BY prompt ORDER BY min(rowid);
+    DROP INDEX answers_by_problem;
+    DROP INDEX votes_by_state;
+    CREATE INDEX votes_by_state ON votes (state, up, time, feedback_id);
+    """,
 )
+
+_TALLY = (
+    "CREATE TEMP TABLE tally (state TEXT, up INTEGER, n INTEGER, PRIMARY KEY (state, up)) WITHOUT ROWID",
+    *(f"INSERT INTO tally VALUES ('{state}', {up}, 0)" for state in get_args(State) for up in (-1, 0, 1)),
+    "UPDATE tally SET n = found.n FROM (SELECT state, ifnull(up, -1) AS up, count(*) AS n FROM votes GROUP BY 1, 2)"
+    " AS found WHERE tally.state = found.state AND tally.up = found.up",
+    "CREATE TEMP TRIGGER vote_came AFTER INSERT ON votes BEGIN"
+    " UPDATE tally SET n = n + 1 WHERE state = new.state AND up = ifnull(new.up, -1); END",
+    "CREATE TEMP TRIGGER vote_changed AFTER UPDATE OF state, up ON votes BEGIN"
+    " UPDATE tally SET n = n - 1 WHERE state = old.state AND up = ifnull(old.up, -1);"
+    " UPDATE tally SET n = n + 1 WHERE state = new.state AND up = ifnull(new.up, -1); END",
+)
+"""Votes by state and rating, counted once when the file is opened and kept from then on; -1 is a retraction."""
+
+_VARIABLES = 500
+"""Values in one `IN (…)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a record says: a vote, or a response with its answers."""
+
+    event: FeedbackSubmitted | ResponseGenerated
+    answers: Sequence[Answer] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +118,24 @@ class Example:
 class Buffer:
     """One process writes it at a time."""
 
-    def __init__(self, path: Path, vocabulary: int, held_out: Callable[[list[int]], bool]) -> None:
-        """Open or make the file. `held_out` says which prompts are kept for measuring. Raises ThumbwheelError."""
+    def __init__(self, path: Path, vocabulary: int, held_out: Callable[[list[int]], bool], log: str) -> None:
+        """Open or make the file. `held_out` says which prompts are kept for measuring, `log` is the log's identity.
+
+        Raises ThumbwheelError.
+        """
+        self._path = path
         self._vocabulary = vocabulary
         self._held_out = held_out
+        self._log = log
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA temp_store=MEMORY")
             migrate(self._db, MIGRATIONS)
+            for statement in _TALLY:
+                self._db.execute(statement)
         except (OSError, sqlite3.Error) as error:
             raise ThumbwheelError(f"cannot open the learner's buffer {path}: {error}") from error
 
@@ -90,79 +146,128 @@ class Buffer:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
 
-    def offset(self, topic: str, partition: int = 0) -> int:
-        """Where reading goes on."""
-        row = self._db.execute(
-            'SELECT "offset" FROM offsets WHERE topic = ? AND partition = ?', (topic, partition)
+    def _among(self, query: str, ids: Iterable[str]) -> list[Any]:
+        """All rows of a query with `IN ({})` in it."""
+        some, rows = sorted(ids), []
+        for start in range(0, len(some), _VARIABLES):
+            part = some[start : start + _VARIABLES]
+            rows += self._db.execute(query.format(",".join("?" * len(part))), part).fetchall()
+        return rows
+
+    @property
+    def blank(self) -> bool:
+        """Whether nothing has been read into it, from any log."""
+        (some,) = self._db.execute(
+            "SELECT EXISTS (SELECT 1 FROM responses) OR EXISTS (SELECT 1 FROM votes WHERE response_id > '')"
         ).fetchone()
-        return int(row[0]) if row else 0
+        return not some
 
-    def consume(self, records: Sequence[Record]) -> None:
-        """Take in records of one topic and partition, in order, together with where they end. What was there stays."""
-        if not records:
-            return
-        with self._transaction():
-            touched = {key for record in records if (key := self._take(record)) is not None}
-            last = records[-1]
-            self._db.execute(
-                'INSERT INTO offsets VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "offset" = excluded."offset"',
-                (last.topic, last.partition, last.offset + 1),
-            )
-            self._join(touched)
+    def offsets(self) -> dict[tuple[str, int], int]:
+        """Where reading of this log goes on, by topic and partition."""
+        rows = self._db.execute('SELECT topic, partition, "offset" FROM offsets WHERE log = ?', (self._log,))
+        return {(topic, partition): offset for topic, partition, offset in rows}
 
-    def _take(self, record: Record) -> str | None:
-        """Store one record; returns the id of the response that it is about."""
-        try:
-            event = decode(record.message.value)
-        except ValueError as error:
-            place = (record.topic, record.partition, record.offset)
-            self._db.execute("INSERT OR IGNORE INTO unreadable VALUES (?, ?, ?, ?)", (*place, str(error)))
-            return None
+    def entry(self, record: Record) -> Entry:
+        """Read a record; nothing is stored yet. Raises ValueError, or what its content provokes, where it cannot be."""
+        event = event_of(record)
         if isinstance(event, ResponseGenerated):
-            self._db.execute("INSERT OR IGNORE INTO responses VALUES (?)", (event.response_id,))
-            self._db.executemany(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
-                [
-                    (event.response_id, a.choice_index, json.dumps(a.prompt), json.dumps(a.completion), a.problem)
-                    for a in admit(event, self._vocabulary, self._held_out)
-                ],
-            )
-            return event.response_id
+            answers = admit(event, self._vocabulary, self._held_out)
+            for answer in answers:
+                _check_index(answer.choice_index)
+            return Entry(event, answers)
         if isinstance(event, FeedbackSubmitted):
-            up = None if event.retracted or event.rating is None else event.rating == "up"
-            self._db.execute(
-                "INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, 'waiting', NULL) ON CONFLICT DO UPDATE SET"
-                " response_id = excluded.response_id, choice_index = excluded.choice_index, user = excluded.user,"
-                " up = excluded.up, time = excluded.time WHERE response_id = ''",
-                (event.id, event.response_id, event.choice_index, event.user, up, event.time),
-            )
-            return event.response_id
-        return None
+            _check_index(event.choice_index)
+            if not math.isfinite(event.time):
+                raise ValueError(f"the vote {event.id} was cast at {event.time}, which is no time")
+            return Entry(event)
+        raise ValueError(f"{event.type} is nothing to learn from")
+
+    def consume(self, entries: Sequence[Entry], last: Record) -> None:
+        """Take in what records of one partition say, in order, and that they were read up to `last`, all or nothing.
+
+        What was there stays. Raises LogError where the file cannot be written now; then try again.
+        """
+        try:
+            with self._transaction():
+                self._store([entry for entry in entries if isinstance(entry.event, ResponseGenerated)])
+                self._cast([entry.event for entry in entries if isinstance(entry.event, FeedbackSubmitted)])
+                self._db.execute(
+                    'INSERT INTO offsets VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "offset" = excluded."offset"',
+                    (self._log, last.topic, last.partition, last.offset + 1),
+                )
+                self._join({entry.event.response_id for entry in entries})
+        except sqlite3.OperationalError as error:
+            raise LogError(f"cannot write the learner's buffer {self._path}: {error}") from error
+
+    def _store(self, responses: Sequence[Entry]) -> None:
+        """Token ids are kept where they can be used: of what may be learned from, and prompts to measure on."""
+        self._db.executemany(
+            "INSERT OR IGNORE INTO responses VALUES (?)", [(entry.event.response_id,) for entry in responses]
+        )
+        answers = [(entry.event.response_id, answer) for entry in responses for answer in entry.answers]
+        self._db.executemany(
+            "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
+            [
+                (id, a.choice_index, _text(a.prompt), _text(a.completion), None)
+                if a.problem is None
+                else (id, a.choice_index, "[]", "[]", a.problem)
+                for id, a in answers
+            ],
+        )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO held_out (prompt) VALUES (?)",
+            [(_text(answer.prompt),) for _, answer in answers if answer.problem == HELD_OUT],
+        )
+
+    def _cast(self, votes: Sequence[FeedbackSubmitted]) -> None:
+        self._db.executemany(
+            "INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, 'waiting', NULL) ON CONFLICT DO UPDATE SET"
+            " response_id = excluded.response_id, choice_index = excluded.choice_index, user = excluded.user,"
+            " up = excluded.up, time = excluded.time WHERE response_id = ''",
+            [
+                (
+                    vote.id,
+                    vote.response_id,
+                    vote.choice_index,
+                    vote.user,
+                    None if vote.retracted or vote.rating is None else vote.rating == "up",
+                    vote.time,
+                )
+                for vote in votes
+            ],
+        )
 
     def _join(self, touched: Iterable[str]) -> None:
-        for response_id in touched:
-            one = (response_id,)
-            arrived = self._db.execute("SELECT response_id FROM responses WHERE response_id = ?", one).fetchall()
-            answers = self._db.execute("SELECT choice_index, problem FROM answers WHERE response_id = ?", one)
-            votes = self._db.execute(
-                "SELECT feedback_id, choice_index, user, up, time, state = 'learned' FROM votes WHERE response_id = ?",
-                one,
-            )
-            standings = join(
-                [
-                    Vote(id, response_id, index, user, None if up is None else bool(up), time, bool(learned))
-                    for id, index, user, up, time, learned in votes
-                ],
-                {(response_id, index): problem for index, problem in answers},
-                {row[0] for row in arrived},
-            )
-            self._db.executemany(
-                "UPDATE votes SET state = ?, reason = ? WHERE feedback_id = ? AND state != 'learned'",
-                [(standing.state, standing.reason, standing.feedback_id) for standing in standings.values()],
-            )
+        """Work out again how the votes on these responses stand."""
+        rows = self._among(
+            "SELECT feedback_id, response_id, choice_index, user, up, time, state, reason FROM votes"
+            " WHERE response_id IN ({})",
+            touched,
+        )
+        voted = {row[1] for row in rows}
+        arrived = self._among("SELECT response_id FROM responses WHERE response_id IN ({})", voted)
+        answers = self._among("SELECT response_id, choice_index, problem FROM answers WHERE response_id IN ({})", voted)
+        standings = join(
+            [
+                Vote(id, response_id, index, user, None if up is None else bool(up), time, state == "learned")
+                for id, response_id, index, user, up, time, state, _ in rows
+            ],
+            {(response_id, index): problem for response_id, index, problem in answers},
+            {response_id for (response_id,) in arrived},
+        )
+        before = {row[0]: row[6:] for row in rows}
+        self._db.executemany(
+            "UPDATE votes SET state = ?, reason = ? WHERE feedback_id = ? AND state != 'learned'",
+            [
+                (standing.state, standing.reason, id)
+                for id, standing in standings.items()
+                if before[id] != (standing.state, standing.reason)
+            ],
+        )
 
     def learned(self, feedback_ids: Sequence[str], where: str) -> None:
         """These have been learned from, and `where` it went: a version, say.
@@ -181,7 +286,8 @@ class Buffer:
         """What was learned from these is gone: weights that nobody saw were thrown away. They may be learned again."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE votes SET state = 'waiting' WHERE feedback_id = ?", [(id,) for id in feedback_ids]
+                "UPDATE votes SET state = 'waiting', reason = NULL WHERE feedback_id = ?",
+                [(id,) for id in feedback_ids],
             )
             self._join(self._responses_of(feedback_ids))
 
@@ -196,11 +302,9 @@ class Buffer:
             self._join(self._responses_of([feedback_id]))
 
     def _responses_of(self, feedback_ids: Sequence[str]) -> set[str]:
-        found = (
-            self._db.execute("SELECT response_id FROM votes WHERE feedback_id = ?", (id,)).fetchone()
-            for id in feedback_ids
-        )
-        return {row[0] for row in found if row is not None}
+        """What these votes are about, of those that have been read."""
+        rows = self._among("SELECT response_id FROM votes WHERE feedback_id IN ({}) AND response_id > ''", feedback_ids)
+        return {response_id for (response_id,) in rows}
 
     def ready(self, up: bool, before: float, limit: int) -> list[Example]:
         """Votes of one class that may be learned from and were cast before a time, oldest first."""
@@ -210,32 +314,47 @@ class Buffer:
             (up, before, limit),
         )
         return [
-            Example(id, json.loads(prompt), json.loads(completion), bool(up)) for id, prompt, completion, up in rows
+            Example(id, orjson.loads(prompt), orjson.loads(completion), bool(up)) for id, prompt, completion, up in rows
         ]
 
     def count_ready(self, before: float) -> tuple[int, int]:
         """Ups and downs that `ready` would give."""
-        rows = self._db.execute(
-            "SELECT up, count(*) FROM votes WHERE state = 'ready' AND time <= ? GROUP BY up", (before,)
-        ).fetchall()
-        counts = {bool(up): int(n) for up, n in rows}
-        return counts.get(True, 0), counts.get(False, 0)
+        counts = dict(
+            self._db.execute(
+                "SELECT up, n - (SELECT count(*) FROM votes WHERE state = 'ready' AND votes.up = tally.up AND time > ?)"
+                " FROM tally WHERE state = 'ready'",
+                (before,),
+            )
+        )
+        return int(counts[1]), int(counts[0])
 
     def counts(self) -> dict[str, int]:
         """How many votes stand in each state."""
-        return {state: int(n) for state, n in self._db.execute("SELECT state, count(*) FROM votes GROUP BY state")}
+        return dict(self._db.execute("SELECT state, sum(n) FROM tally GROUP BY state"))
 
     def reason(self, feedback_id: str) -> tuple[str, str | None] | None:
         """State and reason of one vote; None where it has not been read."""
         row = self._db.execute("SELECT state, reason FROM votes WHERE feedback_id = ?", (feedback_id,)).fetchone()
         return (row[0], row[1]) if row else None
 
-    def held_out_prompts(self) -> list[list[int]]:
+    def held_out_prompts(self, limit: int) -> list[list[int]]:
         """The distinct prompts that were set aside for measuring, oldest first."""
-        rows = self._db.execute(
-            "SELECT prompt FROM answers WHERE problem = ? GROUP BY prompt ORDER BY min(rowid)", (HELD_OUT,)
-        )
-        return [json.loads(prompt) for (prompt,) in rows]
+        rows = self._db.execute("SELECT prompt FROM held_out ORDER BY number LIMIT ?", (limit,))
+        return [orjson.loads(prompt) for (prompt,) in rows]
+
+    def count_held_out(self) -> int:
+        """How many distinct prompts were set aside for measuring."""
+        (last,) = self._db.execute("SELECT max(number) FROM held_out").fetchone()  # none is ever deleted
+        return last or 0
 
     def close(self) -> None:
         self._db.close()
+
+
+def _text(ids: list[int]) -> str:
+    return orjson.dumps(ids).decode()
+
+
+def _check_index(index: int) -> None:
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"the choice {index} is out of range")

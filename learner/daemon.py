@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from thumbwheel.daemon import Daemon, configure_logging
 from thumbwheel.errors import SettingsError, ThumbwheelError
-from thumbwheel.log import SqliteLog
+from thumbwheel.log import open_log
 
 if TYPE_CHECKING:
     from thumbwheel.settings import Settings
@@ -29,14 +29,24 @@ def run(settings: "Settings") -> None:
         raise ThumbwheelError(f"another learner is running on {place}: there may be one") from error
 
     from learner.loop import Learner
+    from learner.policy import Policy
 
     daemon = Daemon(settings.learner.metrics_port)
-    log = SqliteLog(settings.path(settings.log.path))
-    learner = Learner(settings, log, daemon.should_exit)
+    log = open_log(settings)
+    learner: Learner | None = None
     try:
-        daemon.run(learner.step, settings.learner.poll_s)
+        policy = Policy.load(settings)
+
+        def step() -> bool:
+            nonlocal learner
+            if learner is None:  # its start reads the log, and the daemon waits for that
+                learner = Learner(settings, log, policy, daemon.should_exit)
+            return learner.step()
+
+        daemon.run(step, settings.learner.poll_s)
     finally:
-        learner.close()
+        if learner is not None:
+            learner.close()
         log.close()
         os.close(lock)
 

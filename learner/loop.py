@@ -15,11 +15,12 @@ import torch
 from learner import candidate, kl, metrics, prompts
 from learner.buffer import Buffer, Example
 from learner.checkpoint import Checkpoint, Checkpoints, Cursor
+from learner.intake import Intake
 from learner.policy import Policy
 from learner.progress import Stopped, task
 from learner.trainer import Refused, Trainer
 from thumbwheel.errors import AdapterError
-from thumbwheel.events import BASE, FEEDBACK, RESPONSES
+from thumbwheel.events import BASE
 from thumbwheel.log import Log
 from thumbwheel.reader import RolloutFollower
 from thumbwheel.settings import Settings
@@ -27,32 +28,38 @@ from thumbwheel.store import Adapter, AdapterStore, number
 
 logger = logging.getLogger(__name__)
 
-GROUP = "learner"
+ROLLOUT_GROUP = "learner.rollout"
 
 
 class Learner:
     """One learner a log: it assumes that no other writes its files or submits candidates."""
 
-    def __init__(self, settings: Settings, log: Log, stop: threading.Event) -> None:
-        """Load the model and go on where a former run was. `stop`, once set, ends a step in the middle."""
+    def __init__(self, settings: Settings, log: Log, policy: Policy, stop: threading.Event) -> None:
+        """Go on where a former run was. `stop`, once set, ends a step in the middle.
+
+        Raises LogError where the log cannot be reached; nothing has been done then.
+        """
         self._settings = settings.learner
         self._log = log
         self._stop = stop
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         place = settings.path(Path("learner"))
-        self._policy = Policy.load(settings)
+        self._policy = policy
         self._prompts: list[list[int]] | None = None
         if self._settings.kl_prompts is not None:
             self._prompts = prompts.read(settings.path(self._settings.kl_prompts), settings.path(settings.engine.model))
         held_out = prompts.held_out(self._prompts)
-        self._buffer = Buffer(place / "buffer.sqlite", self._policy.vocabulary, held_out)
+        self._rollout = RolloutFollower(log, ROLLOUT_GROUP)
+        self._rollout.poll()
+        self._buffer = Buffer(place / "buffer.sqlite", policy.vocabulary, held_out, log.identity)
+        self._intake = Intake(log, self._buffer)
         self._checkpoints = Checkpoints(place / "checkpoints")
         self._store = AdapterStore(settings.path(settings.store.path))
-        self._rollout = RolloutFollower(log)
         self._random = torch.Generator().manual_seed(self._settings.seed)
         self._trainer: Trainer | None = None
         self._cursor: Cursor | None = None
+        self._offered: str | None = None
         self._waits_for = ""
         metrics.kl_budget.set(self._settings.kl_budget)
         self._resume()
@@ -78,16 +85,10 @@ class Learner:
     def poll(self) -> bool:
         """Take in what is new on the log."""
         fresh = bool(self._rollout.poll())
-        for topic in (RESPONSES, FEEDBACK):
-            for partition in range(self._log.partitions(topic)):
-                while records := self._log.read(topic, self._buffer.offset(topic, partition), partition=partition):
-                    self._buffer.consume(records)
-                    self._log.commit(GROUP, topic, records[-1].offset + 1, partition)
-                    fresh = True
+        fresh = self._intake.poll() or fresh
         metrics.open_candidates.set(len(self._rollout.state.open()))
-        if fresh:
-            for state, count in self._buffer.counts().items():
-                metrics.votes.labels(state).set(count)
+        for state, count in self._buffer.counts().items():
+            metrics.votes.labels(state).set(count)
         return fresh
 
     def join(self) -> list[Example]:
@@ -98,12 +99,14 @@ class Learner:
         chosen = self._settings
         before = time.time() - chosen.settle_s
         ups, downs = self._buffer.count_ready(before)
-        held_out = len(self._held_out())
+        held_out = self._buffer.count_held_out() if self._prompts is None else len(self._prompts)
         for rating, count in (("up", ups), ("down", downs)):
             metrics.missing.labels(rating).set(ups + downs >= chosen.batch and count == 0)
         metrics.held_out.set(held_out)
         if waiting := self._rollout.state.open():
             return self._wait(f"{waiting[0].version} waits for a decision; votes are collected")
+        if self._offered is not None and self._offered not in self._rollout.state.candidates:
+            return self._wait(f"{self._offered} was submitted, and does not come back from the log yet")
         if ups + downs < chosen.batch:
             return self._wait(f"a batch takes {chosen.batch} votes that have settled")
         if not ups or not downs:
@@ -147,7 +150,8 @@ class Learner:
         if (written := candidate.written(self._store, cursor)) is not None:
             return written
         trained = self._policy.weights()
-        held_out = self._held_out()[: self._settings.kl_samples]
+        limit = self._settings.kl_samples
+        held_out = self._buffer.held_out_prompts(limit) if self._prompts is None else self._prompts[:limit]
 
         def measure(scale: float) -> kl.Estimate:
             self._policy.set_weights(trained, scale)
@@ -186,6 +190,7 @@ class Learner:
             )
         else:
             candidate.submit(self._log, adapter)
+            self._offered = adapter.version
             logger.info(
                 "submitted %s (%s), from %d up %d down", *(adapter.version, adapter.digest, cursor.ups, cursor.downs)
             )
@@ -224,8 +229,7 @@ class Learner:
         self._cursor = self._trainer = None
 
     def _resume(self) -> None:
-        self._rollout.poll()
-        if self._buffer.offset(FEEDBACK) == 0:  # a new buffer: what earlier versions learned is learned
+        if self._buffer.blank:  # what earlier versions learned is learned
             for version in self._store.versions():
                 self._buffer.learned(self._store.open(version).manifest.learned_from.feedback_ids, version)
         saved = self._checkpoints.load()
@@ -244,9 +248,6 @@ class Learner:
         self._random.set_state(saved.random)
         logger.info("goes on after update %d from %s", saved.cursor.updates, saved.cursor.parent)
 
-    def _held_out(self) -> list[list[int]]:
-        return self._buffer.held_out_prompts() if self._prompts is None else self._prompts
-
     def _wait(self, why: str) -> list[Example]:
         if why != self._waits_for:
             logger.info("waiting: %s", why)
@@ -254,5 +255,6 @@ class Learner:
         return []
 
     def close(self) -> None:
-        """Release the files."""
+        """Leave the log, release the files."""
+        self._intake.close()
         self._buffer.close()

@@ -36,11 +36,11 @@ class Daemon:
         self._metrics_port = metrics_port
         self.should_exit = threading.Event()
 
-    def run(self, step: Callable[[], bool], poll_s: float) -> None:
+    def run(self, step: Callable[[], bool], poll_s: float, max_wait_s: float = 30.0) -> None:
         """Call `step` until told to stop; when it says that it found nothing to do, wait `poll_s` seconds.
 
-        A log that cannot be reached is waited for, 30 s at most between tries. Any other error ends the program:
-        its state is on disk, and what supervises it starts it again.
+        A log that cannot be reached is waited for, `max_wait_s` at most between tries. Any other error ends the
+        program: its state is on disk, and what supervises it starts it again.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             on_signal(number, self._stop)
@@ -52,7 +52,7 @@ class Daemon:
                 busy = step()
                 wait = poll_s
             except LogError as error:
-                wait = min(30.0, wait * 2)
+                wait = min(max_wait_s, wait * 2)
                 logger.warning("%s; trying again in %.1f s", error, wait)
                 busy = False
             if not busy:

@@ -4,10 +4,22 @@ import logging
 from collections.abc import Iterator
 
 from thumbwheel.events import ROLLOUT, AnyEvent, decode
+from thumbwheel.log import deadletter
 from thumbwheel.log.port import Log, Record
 from thumbwheel.rollout import Rollout, apply
 
 logger = logging.getLogger(__name__)
+
+
+def event_of(record: Record) -> AnyEvent:
+    """The event in a record.
+
+    Raises ValueError where it is none, none of a major version that this reader knows, or none of that topic.
+    """
+    event = decode(record.message.value)
+    if event.topic != record.topic:
+        raise ValueError(f"an event {event.type} does not belong on {record.topic}")
+    return event
 
 
 def read_all(log: Log, topic: str, start: int = 0, partition: int = 0) -> Iterator[Record]:
@@ -19,24 +31,55 @@ def read_all(log: Log, topic: str, start: int = 0, partition: int = 0) -> Iterat
 
 
 class RolloutFollower:
-    """The rollout's state, kept up with the log. Call `poll` as often as you like; it reads only what is new."""
+    """The rollout's state, kept up with the log. Call `poll` as often as you like; it reads only what is new.
 
-    def __init__(self, log: Log) -> None:
+    It reads from the beginning whoever it is. With a `group`, what that group has not dealt with and nobody can read
+    goes to the dead letters, and its position is committed. Without one, what cannot be read is logged.
+    """
+
+    def __init__(self, log: Log, group: str | None = None) -> None:
         self._log = log
+        self._group = group
         self._offsets: dict[int, int] = {}
+        self._committed: dict[int, int] = {}
+        self._seen: set[str] = set()
+        self._fresh: list[AnyEvent] = []
         self.state = Rollout()
 
     def poll(self) -> list[AnyEvent]:
-        """Fold what is new into `state` and return it. What cannot be decoded is logged and changes nothing."""
-        fresh: list[AnyEvent] = []
+        """Fold what is new into `state` and return it: each event once, however many copies of it lie on the log.
+
+        Raises LogError; then the next poll goes on from there.
+        """
         for partition in range(self._log.partitions(ROLLOUT)):
+            if self._group is not None and partition not in self._committed:
+                self._committed[partition] = self._log.committed(self._group, ROLLOUT, partition)
             for record in read_all(self._log, ROLLOUT, self._offsets.get(partition, 0), partition):
+                self._take(record)
                 self._offsets[partition] = record.offset + 1
-                try:
-                    event = decode(record.message.value)
-                except ValueError as error:
-                    logger.warning("%s offset %d cannot be read: %s", ROLLOUT, record.offset, error)
-                    continue
-                self.state = apply(self.state, event)
-                fresh.append(event)
+            self._commit(partition)
+        fresh, self._fresh = self._fresh, []
         return fresh
+
+    def _take(self, record: Record) -> None:
+        try:
+            event = event_of(record)
+        except ValueError as error:
+            self._pass_over(record, error)
+            return
+        if event.id not in self._seen:
+            self._seen.add(event.id)
+            self.state = apply(self.state, event)
+            self._fresh.append(event)
+
+    def _pass_over(self, record: Record, error: ValueError) -> None:
+        if self._group is None:
+            logger.warning("%s offset %d cannot be read: %s", ROLLOUT, record.offset, error)
+        elif record.offset >= self._committed[record.partition]:
+            deadletter.send(self._log, record, self._group, error)
+
+    def _commit(self, partition: int) -> None:
+        offset = self._offsets.get(partition, 0)
+        if self._group is not None and offset > self._committed[partition]:
+            self._log.commit(self._group, ROLLOUT, offset, partition)
+            self._committed[partition] = offset

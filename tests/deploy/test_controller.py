@@ -1,9 +1,16 @@
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from deploy.controller import Controller, Decision, decide
+from tests import kafka
 from tests.deploy.lives import approved, champion, digest, rejected, replica, reported, rolled_back, submitted
+from thumbwheel.demo.broker import free_ports
 from thumbwheel.events import (
     BASE,
     ROLLOUT,
@@ -14,7 +21,10 @@ from thumbwheel.events import (
     ReplicaReported,
     ReplicaVersion,
 )
-from thumbwheel.log import SqliteLog, message_of
+from thumbwheel.log import Record, SqliteLog, message_of
+from thumbwheel.log.deadletter import letters
+from thumbwheel.log.kafka.log import KafkaLog
+from thumbwheel.log.port import Appended, Message
 from thumbwheel.reader import RolloutFollower
 from thumbwheel.rollout import fold
 from thumbwheel.settings import DeploySettings
@@ -197,3 +207,83 @@ def test_a_step_appends_what_it_decides_once_however_many_controllers_there_are(
     ]
     assert log.ends(ROLLOUT) == (0, 5)
     log.close()
+
+
+@pytest.mark.kafka
+def test_on_kafka_controllers_side_by_side_decide_as_one(tmp_path: Path, kafka_address: str) -> None:
+    log = KafkaLog(kafka.on(kafka_address, tmp_path))
+    log.append(ROLLOUT, [message_of(event) for event in (*PASSED, replica("r1", "v1", time=1e12))])
+    controllers = [Controller(log, AUTO) for _ in range(3)]
+    for controller in controllers:
+        controller._follower.poll()  # all see the same, and decide before they see each other
+    for _ in range(4):
+        for controller in controllers:
+            controller.step()
+    follower = RolloutFollower(log)
+    follower.poll()
+    assert follower.state.champion == "v1"
+    assert [type(event) for event in follower.state.candidates["v1"].history[2:]] == [
+        CandidateApproved,
+        AdapterPromoted,
+    ]
+    assert follower.state.ignored == ()
+    assert log.committed("controller", ROLLOUT) == log.ends(ROLLOUT)[1]
+    log.close()
+
+
+class Late(SqliteLog):
+    """As Kafka may be: it takes every copy, and what was appended is read when `shown` says so."""
+
+    shown = 3
+
+    def read(self, topic: str, offset: int, limit: int = 500, partition: int = 0) -> list[Record]:
+        return super().read(topic, offset, min(limit, max(0, self.shown - offset)), partition)
+
+    def append(self, topic: str, messages: Sequence[Message]) -> list[Appended]:
+        return [Appended(where.offset, duplicate=False) for where in super().append(topic, messages)]
+
+
+def test_a_decision_that_cannot_be_read_yet_is_neither_taken_nor_told_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = Late(tmp_path / "log.sqlite")
+    log.append(ROLLOUT, [message_of(event) for event in (*PASSED, replica("r1", "v1", time=1e12))])
+    controller = Controller(log, AUTO)
+    with caplog.at_level(logging.INFO, "deploy.controller"):
+        assert controller.step()
+        assert not controller.step()
+        assert not controller.step()
+        log.shown = 4
+        assert controller.step()
+        assert not controller.step()
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["approved", "promoted;"]
+    assert log.ends(ROLLOUT) == (0, 5)
+    log.close()
+
+
+def test_what_nobody_can_read_is_kept_aside_and_the_rest_decided(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path / "log.sqlite")
+    log.append(ROLLOUT, [Message("x", "v1", 1.0, b"no event"), *(message_of(event) for event in PASSED)])
+    assert Controller(log, AUTO).step()
+    assert [letter.group for letter in letters(log, ROLLOUT)] == ["controller"]
+    log.close()
+
+
+def test_started_before_the_broker_it_waits_and_leaves_when_told_to(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    config = tmp_path / "thumbwheel.toml"
+    config.write_text(
+        f'data = "{tmp_path}"\n[deploy]\nmetrics_port = 0\npoll_s = 0.1\n[log]\nbackend = "kafka"\n'
+        f'[log.kafka]\nbootstrap = "{address}"\ntimeout_s = 0.5\n'
+    )
+    code = "from deploy.controller import run; from thumbwheel.settings import load; run(load())"
+    environment = {"THUMBWHEEL_CONFIG": str(config)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        assert f"the log is Kafka at {address}" in program.stderr.readline()
+        for _ in range(2):
+            line = program.stderr.readline()
+            assert "[log.kafka] bootstrap" in line, line
+            assert "trying again" in line
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(10) == 0

@@ -8,22 +8,33 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from tests import kafka
 from tests.deploy.lives import replica, reported, submitted
 from thumbwheel.events import ROLLOUT, AnyEvent
-from thumbwheel.log import SqliteLog, message_of
+from thumbwheel.log import message_of, open_log
 from thumbwheel.reader import RolloutFollower
+from thumbwheel.settings import load
 
 CONTROL = "from deploy.controller import run; from thumbwheel.settings import load; run(load())"
 VERSIONS = 24
 
 
-def test_killed_controllers_decide_everything_and_nothing_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
+def test_killed_controllers_decide_everything_and_nothing_twice(
+    request: pytest.FixtureRequest, tmp_path: Path, backend: str
+) -> None:
     config = tmp_path / "thumbwheel.toml"
-    config.write_text(
+    text = (
         f'data = "{tmp_path}"\n[deploy]\n'
         'approval = "auto"\nmetrics_port = 0\npoll_s = 0.001\nreplica_silence_s = 1e12\n'
     )
-    log = SqliteLog(tmp_path / "log.sqlite")
+    if backend == "kafka":
+        known = kafka.on(request.getfixturevalue("kafka_address"), tmp_path).log.kafka
+        text += f'[log]\nbackend = "kafka"\n[log.kafka]\nbootstrap = "{known.bootstrap}"\nprefix = "{known.prefix}"\n'
+    config.write_text(text)
+    log = open_log(load(config))
     versions = [f"v{number}" for number in range(1, VERSIONS + 1)]
     chance = random.Random(7)
     running: list[subprocess.Popen[bytes]] = []

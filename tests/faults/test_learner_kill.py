@@ -2,39 +2,61 @@
 
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from learner.admission import one_tenth
 from learner.buffer import Buffer
 from learner.checkpoint import Checkpoints
-from tests.learner.conftest import VOCABULARY, settings, tiny_dir
+from tests import kafka
+from tests.learner.conftest import VOCABULARY, tiny_dir
+from tests.learner.conftest import settings as plain_settings
 from tests.learner.test_loop import decide
-from tests.learner.traffic import fill
+from tests.learner.traffic import KEPT, fill
 from tests.learner.worker import POINTS, started
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, CandidateSubmitted, decode
-from thumbwheel.log import SqliteLog
+from thumbwheel.log import Log, open_log
 from thumbwheel.reader import read_all
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
-__all__ = ["settings", "tiny_dir"]
+__all__ = ["plain_settings", "tiny_dir"]
 
 VOTES = 240
 
 
-def submitted(log: SqliteLog) -> list[CandidateSubmitted]:
-    events = [decode(record.message.value) for record in read_all(log, ROLLOUT)]
-    return [event for event in events if isinstance(event, CandidateSubmitted)]
+@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
+def settings(request: pytest.FixtureRequest, plain_settings: Settings) -> Settings:
+    """On either log."""
+    if request.param == "sqlite":
+        return plain_settings
+    known = kafka.on(request.getfixturevalue("kafka_address"), plain_settings.data, **KEPT)
+    return plain_settings.model_copy(update={"log": known.log})
 
 
-def wait_for(log: SqliteLog, count: int, patience: float = 120) -> None:
+@pytest.fixture
+def log(settings: Settings) -> Iterator[Log]:
+    log = open_log(settings)
+    yield log
+    log.close()
+
+
+def submitted(log: Log) -> list[CandidateSubmitted]:
+    """Each once: Kafka has two copies where a kill came between an append and its note."""
+    events = {event.id: event for event in (decode(record.message.value) for record in read_all(log, ROLLOUT))}
+    return [event for event in events.values() if isinstance(event, CandidateSubmitted)]
+
+
+def wait_for(log: Log, count: int, patience: float = 120) -> None:
     end = time.monotonic() + patience
     while len(submitted(log)) < count:
         assert time.monotonic() < end, f"{len(submitted(log))} of {count} candidates came"
         time.sleep(0.05)
 
 
-def check(log: SqliteLog, settings: Settings, scratch: Path) -> list[str]:
+def check(log: Log, settings: Settings, scratch: Path) -> list[str]:
     """What must hold after any kills; returns the votes that were learned."""
     store = AdapterStore(settings.path(settings.store.path))
     events = submitted(log)
@@ -46,11 +68,14 @@ def check(log: SqliteLog, settings: Settings, scratch: Path) -> list[str]:
     checkpoint = Checkpoints(place / "checkpoints").load()
     working = checkpoint.cursor.feedback_ids if checkpoint else ()
     assert not set(working) & set(learned)
-    buffer = Buffer(place / "buffer.sqlite", VOCABULARY, one_tenth)
-    replay = Buffer(scratch / "replay.sqlite", VOCABULARY, one_tenth)
-    for topic in (RESPONSES, FEEDBACK):
-        replay.consume(list(read_all(log, topic)))
-        assert buffer.offset(topic) == replay.offset(topic) == log.ends(topic)[1]
+    buffer = Buffer(place / "buffer.sqlite", VOCABULARY, one_tenth, log.identity)
+    replay = Buffer(scratch / "replay.sqlite", VOCABULARY, one_tenth, log.identity)
+    for topic in (FEEDBACK, RESPONSES):
+        for partition in range(log.partitions(topic)):
+            records = list(read_all(log, topic, partition=partition))
+            assert records[-1].offset + 1 == log.ends(topic, partition)[1]
+            replay.consume([replay.entry(record) for record in records], records[-1])
+    assert buffer.offsets() == replay.offsets()
     replay.learned([*learned, *working], "somewhere")
     assert buffer.counts() == replay.counts()
     buffer.close()
@@ -58,8 +83,9 @@ def check(log: SqliteLog, settings: Settings, scratch: Path) -> list[str]:
     return learned
 
 
-def test_killed_at_one_point_after_the_other_it_makes_one_whole_candidate(settings: Settings, tmp_path: Path) -> None:
-    log = SqliteLog(settings.path(settings.log.path))
+def test_killed_at_one_point_after_the_other_it_makes_one_whole_candidate(
+    settings: Settings, log: Log, tmp_path: Path
+) -> None:
     fill(log, VOTES)
     store = AdapterStore(settings.path(settings.store.path))
     versions = {}
@@ -75,12 +101,10 @@ def test_killed_at_one_point_after_the_other_it_makes_one_whole_candidate(settin
         decide(log, store, "v1", promote=True)
         wait_for(log, 2)
     assert len(check(log, settings, tmp_path)) == 16
-    log.close()
 
 
-def test_killed_again_and_again_at_random_it_learns_nothing_twice(settings: Settings, tmp_path: Path) -> None:
+def test_killed_again_and_again_at_random_it_learns_nothing_twice(settings: Settings, log: Log, tmp_path: Path) -> None:
     chance = random.Random(3)
-    log = SqliteLog(settings.path(settings.log.path))
     store = AdapterStore(settings.path(settings.store.path))
     place = settings.data / "learner"
     for turn in range(6):
@@ -96,4 +120,3 @@ def test_killed_again_and_again_at_random_it_learns_nothing_twice(settings: Sett
     with started(settings):
         wait_for(log, count + 1 if count < 6 else count)
     assert len(check(log, settings, tmp_path)) >= 8
-    log.close()

@@ -15,6 +15,8 @@ from guardrails.daemon import Guardrails, run
 from guardrails.evaluator import report
 from guardrails.sampler import SamplingError
 from guardrails.suite import load
+from tests import kafka
+from thumbwheel.demo.broker import free_ports
 from thumbwheel.errors import AdapterError, SettingsError
 from thumbwheel.events import (
     ROLLOUT,
@@ -27,7 +29,9 @@ from thumbwheel.events import (
     ReplicaVersion,
     decode,
 )
-from thumbwheel.log import SqliteLog, message_of
+from thumbwheel.log import Message, Record, SqliteLog, message_of
+from thumbwheel.log.deadletter import letters
+from thumbwheel.log.kafka.log import KafkaLog
 from thumbwheel.reader import read_all
 from thumbwheel.settings import Settings
 
@@ -240,3 +244,56 @@ def test_the_program_does_not_start_without_a_key(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("THUMBWHEEL_EVALUATOR_KEY", raising=False)
     with pytest.raises(SettingsError, match="have no API key"):
         run(Settings(data=tmp_path))
+
+
+def test_started_before_the_broker_it_waits_and_leaves_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "evaluator.key").write_text("tw-key")
+    code = (
+        "import sys; from pathlib import Path; from guardrails.daemon import run; from thumbwheel.settings import *;"
+        "kafka = {'bootstrap': sys.argv[2], 'timeout_s': 0.5};"
+        "run(Settings(data=Path(sys.argv[1]), guardrails=GuardrailSettings(metrics_port=0),"
+        " log={'backend': 'kafka', 'kafka': kafka}))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), f"127.0.0.1:{free_ports(1)[0]}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        lines = [program.stderr.readline() for _ in range(3)]
+        assert all("[log.kafka] bootstrap" in line and "trying again" in line for line in lines[1:]), lines
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(10) == 0
+
+
+def test_a_report_that_cannot_be_read_yet_is_not_made_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.submit("v1")
+    world.replica("r1", "proved")
+    guardrails = world.guardrails()
+    plain, shown = world.log.read, 2
+
+    def late(topic: str, offset: int, limit: int = 500, partition: int = 0) -> list[Record]:
+        return plain(topic, offset, min(limit, max(0, shown - offset)), partition)
+
+    monkeypatch.setattr(world.log, "read", late)
+    assert guardrails.step()
+    assert not guardrails.step()
+    shown = 9
+    assert not guardrails.step()
+    assert world.evaluator.asked == ["v1"]
+
+
+@pytest.mark.kafka
+def test_on_kafka_a_candidate_gets_one_report_and_poison_is_kept_aside(tmp_path: Path, kafka_address: str) -> None:
+    world = World(tmp_path)
+    world.log.close()
+    log = KafkaLog(kafka.on(kafka_address, tmp_path))
+    world.log = log  # type: ignore[assignment]
+    world.submit("v1")
+    log.append(ROLLOUT, [Message("x", "v1", 1.0, b"no event")])
+    world.replica("r1", "proved")
+    guardrails = world.guardrails()
+    assert guardrails.step()
+    assert not guardrails.step()
+    assert not world.guardrails().step(), "nor after a restart"
+    assert world.evaluator.asked == ["v1"]
+    assert [(letter.group, letter.original.id) for letter in letters(log, ROLLOUT)] == [("guardrails", "x")]
+    assert log.committed("guardrails", ROLLOUT) == log.ends(ROLLOUT)[1]
+    log.close()

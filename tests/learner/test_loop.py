@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from learner.loop import Learner
+from learner.policy import Policy
 from tests.learner.traffic import append, fill
 from thumbwheel.errors import AdapterError, LogError
 from thumbwheel.events import (
@@ -19,7 +20,7 @@ from thumbwheel.events import (
     CandidateRejected,
     EvaluationReported,
 )
-from thumbwheel.log import SqliteLog
+from thumbwheel.log import Log, SqliteLog
 from thumbwheel.rollout import Rollout
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
@@ -48,7 +49,7 @@ def start(settings: Settings, log: SqliteLog) -> Iterator[Start]:
         for learner in started:
             learner.close()
         changed = settings.model_copy(update={"learner": settings.learner.model_copy(update=changes)})
-        started.append(Learner(changed, log, threading.Event()))
+        started.append(Learner(changed, log, Policy.load(changed), threading.Event()))
         return started[-1]
 
     yield start
@@ -64,7 +65,7 @@ def settle(learner: Learner) -> Rollout:
     raise AssertionError("there is no end to it")
 
 
-def decide(log: SqliteLog, store: AdapterStore, version: str, promote: bool) -> None:
+def decide(log: Log, store: AdapterStore, version: str, promote: bool) -> None:
     digest = store.open(version).digest
     common = {"source": "test", "version": version, "digest": digest}
     if not promote:

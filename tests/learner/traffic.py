@@ -2,28 +2,31 @@
 
 from tests.learner.conftest import respond, vote
 from thumbwheel.events import Choice, Event
-from thumbwheel.log import SqliteLog, message_of
+from thumbwheel.log import Log, message_of
+
+KEPT = {"response_retention_days": 1e5, "feedback_retention_days": 1e5}
+"""For a Kafka with this traffic on it: it keeps what says that it is of 1970."""
 
 
 def prompt_of(i: int) -> list[int]:
     return [2 + i % 29, 2 + i // 29 % 29, 3]
 
 
-def append(log: SqliteLog, *events: Event) -> None:
-    """All of them in one transaction."""
-    log.append_all([(event.topic, message_of(event)) for event in events])
+def append(log: Log, *events: Event) -> None:
+    """One append a topic."""
+    for topic in dict.fromkeys(event.topic for event in events):
+        log.append(topic, [message_of(event) for event in events if event.topic == topic])
 
 
-def fill(log: SqliteLog, count: int, start: int = 0, ups: int = 3) -> None:
-    """`count` responses with a vote each; one in `ups` is up. The vote comes first for every other one."""
+def fill(log: Log, count: int, start: int = 0, ups: int = 3) -> None:
+    """`count` responses with a vote each; one in `ups` is up."""
     append(log, *(event for i in range(start, start + count) for event in _pair(i, i % ups == 0)))
 
 
 def _pair(i: int, up: bool) -> list[Event]:
     ids = [4 + i % 7, 5 + i % 11, 1]
     choice = Choice(index=0, finish_reason="stop", token_ids=ids, logprobs=[-1.0, -2.0, -0.5])
-    pair: list[Event] = [
+    return [
         respond(f"r{i}", prompt_of(i), choices=[choice]),
         vote(f"f{i}", f"r{i}", "up" if up else "down", time=float(i)),
     ]
-    return pair if i % 2 else pair[::-1]
