@@ -8,47 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import click
 
 from thumbwheel import __version__
+from thumbwheel.cli_context import Context, as_json, pass_context
+from thumbwheel.cli_log import log
 from thumbwheel.errors import ThumbwheelError
-
-if TYPE_CHECKING:
-    from thumbwheel.log.sqlite import SqliteLog
-    from thumbwheel.rollout import Rollout
-    from thumbwheel.settings import Settings
-
-as_json = click.option("--json", "json_", is_flag=True, help="Print JSON, for scripts.")
-
-
-class _Context:
-    """The settings, read when a command first asks for them."""
-
-    def __init__(self, config: Path | None) -> None:
-        self.config = config
-
-    @property
-    def settings(self) -> Settings:
-        from thumbwheel.settings import load
-
-        return load(self.config)
-
-    def log(self, settings: Settings) -> SqliteLog:
-        from thumbwheel.log.sqlite import SqliteLog
-
-        return SqliteLog(settings.path(settings.log.path))
-
-    def rollout(self, log: SqliteLog) -> Rollout:
-        from thumbwheel.reader import RolloutFollower
-
-        follower = RolloutFollower(log)
-        follower.poll()
-        return follower.state
-
-
-pass_context = click.make_pass_decorator(_Context)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,12 +24,12 @@ pass_context = click.make_pass_decorator(_Context)
 @click.pass_context
 def cli(context: click.Context, config: Path | None) -> None:
     """Thumbs in, better adapters out: an online feedback loop around vLLM and LoRA adapters."""
-    context.obj = _Context(config)
+    context.obj = Context(config)
 
 
 @cli.command()
 @pass_context
-def up(context: _Context) -> None:
+def up(context: Context) -> None:
     """Run the whole loop on this machine: gateway and engine, learner, guardrails, controller."""
     from serve.auth import ensure
     from thumbwheel.daemon import configure_logging
@@ -85,16 +52,25 @@ def up(context: _Context) -> None:
 
 @cli.command()
 @pass_context
-def serve(context: _Context) -> None:
+def serve(context: Context) -> None:
     """Run the gateway, and the engine behind it."""
     from serve.main import run
+
+    run(context.settings, context.config)
+
+
+@cli.command()
+@pass_context
+def forward(context: Context) -> None:
+    """Run the forwarder, which carries a gateway's outbox to Kafka. The gateway starts one by itself."""
+    from thumbwheel.log.kafka.forwarder import run
 
     run(context.settings)
 
 
 @cli.command()
 @pass_context
-def learn(context: _Context) -> None:
+def learn(context: Context) -> None:
     """Run the learner: votes in, candidates out."""
     from learner.daemon import run
 
@@ -105,7 +81,7 @@ def learn(context: _Context) -> None:
 @click.argument("version", required=False)
 @as_json
 @pass_context
-def evaluate(context: _Context, version: str | None, json_: bool) -> None:
+def evaluate(context: Context, version: str | None, json_: bool) -> None:
     """Run the guardrails over every new candidate, or once over VERSION without reporting it to the log."""
     if version is None:
         from guardrails.daemon import run
@@ -122,7 +98,7 @@ def evaluate(context: _Context, version: str | None, json_: bool) -> None:
 
 @cli.command()
 @pass_context
-def control(context: _Context) -> None:
+def control(context: Context) -> None:
     """Run the controller: approved candidates that every replica has proved become the champion."""
     from deploy.controller import run
 
@@ -137,7 +113,7 @@ def adapters() -> None:
 @adapters.command("list")
 @as_json
 @pass_context
-def list_adapters(context: _Context, json_: bool) -> None:
+def list_adapters(context: Context, json_: bool) -> None:
     """Every version, its state, and who serves what."""
     from deploy.view import as_json as to_json
     from deploy.view import table
@@ -153,7 +129,7 @@ def list_adapters(context: _Context, json_: bool) -> None:
 @click.argument("version")
 @as_json
 @pass_context
-def show(context: _Context, version: str, json_: bool) -> None:
+def show(context: Context, version: str, json_: bool) -> None:
     """One version: what it learned from, how far it moved, what each gate saw, what was decided."""
     from deploy.view import detail
     from deploy.view import detail_json as to_json
@@ -172,17 +148,17 @@ def _decision(function: Any) -> Any:
     return click.option("--reason", required=True, help="Why; kept in the audit trail.")(function)
 
 
-def _decide(context: _Context, verb: str, json_: bool, **arguments: Any) -> None:
+def _decide(context: Context, verb: str, json_: bool, **arguments: Any) -> None:
     import getpass
 
     from deploy import decisions
     from thumbwheel.log.port import message_of
 
     arguments["actor"] = arguments["actor"] or getpass.getuser()
-    log = context.log(context.settings)
-    event = getattr(decisions, verb)(context.rollout(log), **arguments)
-    log.append(event.topic, [message_of(event)])
-    decisions.confirm(context.rollout(log), event)  # somebody else may have decided in between
+    events = context.log(context.settings)
+    event = getattr(decisions, verb)(context.rollout(events), **arguments)
+    events.append(event.topic, [message_of(event)])
+    decisions.confirm(context.rollout(events), event)  # somebody else may have decided in between
     click.echo(event.model_dump_json(indent=2) if json_ else f"{event.type}: {event.version} {event.digest}")
 
 
@@ -192,7 +168,7 @@ def _decide(context: _Context, verb: str, json_: bool, **arguments: Any) -> None
 @click.option("--force", is_flag=True, help="Skip gates that failed or did not settle; stays in the audit trail.")
 @_decision
 @pass_context
-def approve(context: _Context, /, json_: bool, **arguments: Any) -> None:
+def approve(context: Context, /, json_: bool, **arguments: Any) -> None:
     """Let VERSION go live."""
     _decide(context, "approve", json_, **arguments)
 
@@ -202,7 +178,7 @@ def approve(context: _Context, /, json_: bool, **arguments: Any) -> None:
 @click.option("--digest", help="The digest that you looked at; refused where the version has another.")
 @_decision
 @pass_context
-def reject(context: _Context, /, json_: bool, **arguments: Any) -> None:
+def reject(context: Context, /, json_: bool, **arguments: Any) -> None:
     """Decide that VERSION will not go live."""
     _decide(context, "reject", json_, **arguments)
 
@@ -211,48 +187,12 @@ def reject(context: _Context, /, json_: bool, **arguments: Any) -> None:
 @click.option("--to", "version", help="An earlier champion, or `base` [the previous champion].")
 @_decision
 @pass_context
-def rollback(context: _Context, /, json_: bool, **arguments: Any) -> None:
+def rollback(context: Context, /, json_: bool, **arguments: Any) -> None:
     """Put an earlier champion back."""
     _decide(context, "roll_back", json_, **arguments)
 
 
-@cli.group()
-def log() -> None:
-    """Look at the event log."""
-
-
-@log.command()
-@click.argument("topic", required=False)
-@click.option("--from", "start", type=int, default=0, help="The first offset.")
-@as_json
-@pass_context
-def read(context: _Context, topic: str | None, start: int, json_: bool) -> None:
-    """Print a topic from an offset on; without TOPIC, say what each topic holds."""
-    from thumbwheel.events import TOPICS
-    from thumbwheel.reader import read_all
-
-    events = context.log(context.settings)
-    if topic is None:
-        ends = {name: dict(zip(("first", "next"), events.ends(name), strict=True)) for name in TOPICS}
-        lines = [f"{name}: offsets {end['first']} to {end['next'] - 1}" for name, end in ends.items()]
-        click.echo(json.dumps(ends) if json_ else "\n".join(lines))
-        return
-    if topic not in TOPICS:
-        raise click.UsageError(f"no topic {topic}; there are {', '.join(TOPICS)}")
-    for record in read_all(events, topic, start):
-        value = json.loads(record.message.value)
-        if json_:
-            click.echo(json.dumps({"offset": record.offset, **value}))
-        else:
-            click.echo(f"{record.offset:>8} {value['type']:<20} {record.message.key}")
-
-
-@log.command("schemas")
-def log_schemas() -> None:
-    """Print the JSON Schema of every event."""
-    from thumbwheel.events import schemas
-
-    click.echo(json.dumps(schemas(), indent=2))
+cli.add_command(log)
 
 
 @cli.group()
@@ -271,7 +211,7 @@ def keys() -> None:
     help="What it may do; may be given several times.",
 )
 @pass_context
-def add_key(context: _Context, name: str, scopes: tuple[str, ...]) -> None:
+def add_key(context: Context, name: str, scopes: tuple[str, ...]) -> None:
     """Make a key and print it, once."""
     from serve.auth import create
 
@@ -282,7 +222,7 @@ def add_key(context: _Context, name: str, scopes: tuple[str, ...]) -> None:
 @cli.command()
 @as_json
 @pass_context
-def doctor(context: _Context, json_: bool) -> None:
+def doctor(context: Context, json_: bool) -> None:
     """Check what a start would need, and say in words what is wrong and how to mend it."""
     from thumbwheel.doctor import examine
 
@@ -299,12 +239,20 @@ def doctor(context: _Context, json_: bool) -> None:
 @click.option("--cache", type=click.Path(path_type=Path), default=Path(".cache"), help="Where the model is kept.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the run's data in this directory.")
 @click.option("--short", is_flag=True, help="A fraction of the traffic: shows that it runs, measures nothing.")
-def demo(cache: Path, keep: Path | None, short: bool) -> None:
+@click.option(
+    "--log",
+    "log_",
+    type=click.Choice(["sqlite", "kafka"]),
+    default="sqlite",
+    help="Where the events go. kafka: one broker from $KAFKA_HOME, or the cluster that "
+    "$THUMBWHEEL_LOG__KAFKA__BOOTSTRAP names.",
+)
+def demo(cache: Path, keep: Path | None, short: bool, log_: Literal["sqlite", "kafka"]) -> None:
     """The main job on real input, from chats and thumbs to a swap, with a table of before and after."""
     from learner.gguf import demo_model
     from thumbwheel.demo.play import play
 
-    play(demo_model(cache / "models"), keep, short)
+    play(demo_model(cache / "models"), keep, short, log_)
 
 
 def main() -> None:

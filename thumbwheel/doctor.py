@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from thumbwheel.errors import ThumbwheelError
+from thumbwheel.events import TOPICS
 from thumbwheel.log.sqlite import SqliteLog
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore, fingerprint
@@ -21,7 +22,8 @@ class Finding:
 
 def examine(settings: Settings) -> list[Finding]:
     """Look at everything that the settings name. Changes nothing but that an absent log is made."""
-    return [_data(settings), _log(settings), *_store(settings), _model(settings), _engine(settings), _keys(settings)]
+    log = [*_kafka(settings), _outbox(settings)] if settings.log.backend == "kafka" else [_log(settings)]
+    return [_data(settings), *log, *_store(settings), _model(settings), _engine(settings), _keys(settings)]
 
 
 def _data(settings: Settings) -> Finding:
@@ -39,6 +41,36 @@ def _log(settings: Settings) -> Finding:
     except ThumbwheelError as error:
         return Finding("log", False, str(error))
     return Finding("log", True, str(log.path))
+
+
+def _kafka(settings: Settings) -> list[Finding]:
+    """Whether the cluster answers, within a few times `[log.kafka] timeout_s`, and what is wrong with its topics."""
+    from thumbwheel.log.kafka.topics import check, wanted
+
+    try:
+        problems = check(settings)
+    except ThumbwheelError as error:
+        return [Finding("kafka", False, str(error))]
+    found = [Finding(f"topic {problem.topic}", False, problem.words) for problem in problems]
+    if not found:
+        found = [Finding("topics", True, f"all {len(wanted(settings))} as they should be")]
+    return [Finding("kafka", True, settings.log.kafka.bootstrap), *found]
+
+
+def _outbox(settings: Settings) -> Finding:
+    from thumbwheel.log.outbox import Outbox
+
+    path = settings.path(settings.log.outbox)
+    if not path.exists():
+        return Finding("outbox", True, f"none yet: a gateway makes {path}")
+    try:
+        outbox = Outbox(path, settings.log.outbox_max_bytes)
+        waiting = sum(outbox.waiting(topic)[0] for topic in TOPICS)
+        size = outbox.bytes()
+        outbox.close()
+    except ThumbwheelError as error:
+        return Finding("outbox", False, str(error))
+    return Finding("outbox", True, f"{path}: {size} bytes, {waiting} events wait for Kafka")
 
 
 def _store(settings: Settings) -> list[Finding]:

@@ -77,7 +77,7 @@ def test_the_log_can_be_read_as_lines_of_json(config: Path) -> None:
     assert [json.loads(line)["type"] for line in run(config, "log", "read", ROLLOUT, "--json").output.splitlines()] == [
         "candidate.submitted"
     ]
-    assert json.loads(run(config, "log", "read", "--json").output)[ROLLOUT] == {"first": 0, "next": 1}
+    assert json.loads(run(config, "log", "read", "--json").output)[ROLLOUT] == [{"partition": 0, "first": 0, "next": 1}]
     assert run(config, "log", "read", "nothing").exit_code == 2
 
 
