@@ -1,9 +1,12 @@
 # make demo   the main job on real input, from chats and thumbs to a swap, with a table of before and after
+#             LOG=kafka: the same on Apache Kafka, one broker from $KAFKA_HOME or the cluster that
+#             $THUMBWHEEL_LOG__KAFKA__BOOTSTRAP names
 # make test   formatting, types, every test
 # Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
 
 PYTHON ?= python3
 ENGINE ?= engine-cpu
+LOG ?= sqlite
 # A folder of wheels that pip knows may hold the CPU build of torch; uv reads the same folder under another name.
 # Without one, uv finds that build by itself.
 TORCH_BACKEND ?= $(if $(PIP_FIND_LINKS),,cpu)
@@ -17,7 +20,7 @@ READY := .venv/.ready
 .PHONY: demo test unit lint format bench setup clean
 
 demo: setup
-	$(BIN)/thumbwheel demo
+	$(BIN)/thumbwheel demo --log $(LOG)
 
 test: lint
 	$(BIN)/pytest -q --durations=15
@@ -36,6 +39,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench.gateway_overhead
+	$(BIN)/python -m bench.log
 
 setup: $(READY)
 

@@ -1,6 +1,7 @@
 """What the Dockerfile and compose.yaml promise, read from the files: no container engine is needed."""
 
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.kafka import kafka, needs_release
+from tests.launch import wait_for
 from thumbwheel.cli import cli
+from thumbwheel.cli_log import log
+from thumbwheel.demo.broker import Broker, free_ports
+from thumbwheel.log.kafka import topics
 from thumbwheel.settings import Settings, load
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +60,8 @@ def test_each_program_has_an_image_that_starts_it_as_nobody_special(program: str
 
 @PROGRAMS
 def test_each_image_is_healthy_by_its_own_port(program: str) -> None:
-    assert last(program, "EXPOSE") == str(PORTS[program])
+    forwarder = Settings().log.forwarder_metrics_port
+    assert last(program, "EXPOSE") == (f"{PORTS[program]} {forwarder}" if program == "serve" else str(PORTS[program]))
     path = "healthz" if program == "serve" else "metrics"
     assert f"http://127.0.0.1:{PORTS[program]}/{path}" in last(program, "HEALTHCHECK")
 
@@ -82,9 +89,12 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
     assert all((ROOT / path).exists() for path in copied)
 
 
-def compose() -> dict[str, Any]:
-    document: dict[str, Any] = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+def compose(name: str = "compose.yaml") -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / name).read_text())
     return document
+
+
+KAFKA = "compose.kafka.yaml"
 
 
 def test_compose_runs_every_image_locked_down() -> None:
@@ -112,7 +122,86 @@ def test_the_settings_in_compose_load_and_fit_the_containers(tmp_path: Path) -> 
     assert grace > settings.gateway.drain_s + 10
 
 
-@pytest.mark.parametrize("path", ["deploy/Dockerfile", "deploy/compose.yaml"])
+def test_the_file_for_kafka_adds_a_pinned_broker_that_nobody_outside_reaches() -> None:
+    services = compose(KAFKA)["services"]
+    assert services.keys() == PORTS.keys() | {"kafka", "log-init"}
+    assert re.fullmatch(r"apache/kafka:\d+\.\d+\.\d+", services["kafka"]["image"])
+    for service in services.values():
+        assert "ports" not in service
+    for name in ("kafka", "log-init"):
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert services[name]["security_opt"] == ["no-new-privileges:true"]
+    (volume,) = services["kafka"]["volumes"]
+    assert volume["target"] == services["kafka"]["environment"]["KAFKA_LOG_DIRS"]
+    assert volume["source"] in compose(KAFKA)["volumes"]
+
+
+def test_the_file_for_kafka_changes_nothing_of_the_programs_but_their_log() -> None:
+    for name in PORTS:
+        assert compose(KAFKA)["services"][name].keys() <= {"environment", "depends_on"}
+    init, control = compose(KAFKA)["services"]["log-init"], compose()["services"]["control"]
+    for what in ("image", "build", "init", "read_only", "cap_drop", "security_opt", "tmpfs", "configs"):
+        assert init[what] == control[what]
+
+
+def test_the_programs_find_the_broker_and_are_members_by_names_that_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = compose(KAFKA)["services"]
+    broker = document["kafka"]
+    file = tmp_path / "thumbwheel.toml"
+    file.write_text(compose()["configs"]["settings"]["content"])
+    members = set()
+    for name in PORTS:
+        with monkeypatch.context() as environment:
+            for variable, value in document[name]["environment"].items():
+                environment.setenv(variable, value)
+            settings = load(file)
+        kafka = settings.log.kafka
+        assert settings.log.backend == "kafka"
+        assert f"PLAINTEXT://{kafka.bootstrap}" == broker["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+        assert kafka.bootstrap == f"{broker['hostname']}:9092"
+        assert kafka.min_insync_replicas <= kafka.replication == 1  # there is one broker
+        members.add(kafka.member)
+    assert members == PORTS.keys()
+
+
+def test_the_topics_come_after_the_broker_and_no_chat_waits_for_either() -> None:
+    services = compose(KAFKA)["services"]
+    assert services["log-init"]["depends_on"] == {"kafka": {"condition": "service_healthy"}}
+    assert services["log-init"]["restart"] == "no"
+    assert services["log-init"]["command"] == ["log", "init"]
+    assert "init" in log.commands
+    assert "depends_on" not in services["serve"]
+    for name in PORTS.keys() - {"serve"}:
+        assert services[name]["depends_on"]["log-init"] == {"condition": "service_completed_successfully"}
+
+
+@pytest.mark.kafka
+def test_a_broker_with_what_is_in_the_file_starts_and_takes_our_topics(tmp_path: Path) -> None:
+    needs_release()
+    given = compose(KAFKA)["services"]["kafka"]["environment"]
+    # As the image does it: KAFKA_NODE_ID becomes node.id.
+    properties = {name.removeprefix("KAFKA_").lower().replace("_", "."): value for name, value in given.items()}
+    home, (plain, control) = Path(os.environ["KAFKA_HOME"]), free_ports(2)
+    for name, value in properties.items():
+        here = value.replace("kafka:9092", f"127.0.0.1:{plain}").replace("kafka:9093", f"127.0.0.1:{control}")
+        properties[name] = here.replace("://:9092", f"://127.0.0.1:{plain}").replace(
+            "://:9093", f"://127.0.0.1:{control}"
+        )
+    properties["log.dirs"] = str(tmp_path / "data")
+    text = "".join(f"{name}={value}\n" for name, value in properties.items())
+    broker = Broker(home, tmp_path, 1, plain, text, "-Xmx512m -Xms128m")
+    broker.format("5L6g3nShT-eMCtK--X86sw")
+    broker.start()
+    try:
+        wait_for(broker.ready, 60, "the broker is up")
+        topics.make(Settings(log=kafka(broker.address)))
+    finally:
+        broker.stop()
+
+
+@pytest.mark.parametrize("path", ["deploy/Dockerfile", "deploy/compose.yaml", "deploy/compose.kafka.yaml"])
 def test_no_secret_is_written_down(path: str) -> None:
     assert not re.search(
         r"tw-[A-Za-z0-9_-]{8}|(?i:key|token|password|secret)\w*\s*[=:]\s*[\"']?\w{8}", (ROOT / path).read_text()

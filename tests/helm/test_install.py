@@ -1,6 +1,7 @@
 """The chart on a real control plane: what is scheduled where, what an upgrade changes, who may do what."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -17,17 +18,52 @@ VALUES: dict[str, Any] = {"storage": {"className": "test", "log": "1Gi", "adapte
 NAMESPACES = count(1)
 
 
+ONE_NODE = dict.fromkeys((f"{NAME}-log", f"{NAME}-adapters", f"{NAME}-learner", "thumbwheel-model"), "ReadWriteOnce")
+OUTBOXES = [f"outbox-{NAME}-gateway-{number}" for number in range(3)]
+MANY_NODES = {
+    f"{NAME}-adapters": "ReadWriteMany",
+    f"{NAME}-learner": "ReadWriteOnce",
+    "thumbwheel-model": "ReadWriteMany",
+    **dict.fromkeys(OUTBOXES, "ReadWriteOnce"),
+}
+KAFKA: dict[str, Any] = {
+    "settings": {
+        "log": {
+            "backend": "kafka",
+            "kafka": {"bootstrap": "kafka:9093", "security_protocol": "SASL_SSL", "username": "thumbwheel"},
+        }
+    },
+    "kafka": {"passwordSecret": "kafka-password", "tlsSecret": "kafka-tls"},
+    "storage": VALUES["storage"] | {"adaptersAccessMode": "ReadWriteMany", "outbox": "1Gi"},
+}
+
+
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A fresh namespace with what the chart expects to find: volumes, and the claim of the base model."""
+    """A namespace for the SQLite log."""
+    with prepared(cluster, ONE_NODE) as name:
+        yield name
+
+
+@pytest.fixture
+def kafka_namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace for the log on Kafka."""
+    with prepared(cluster, MANY_NODES) as name:
+        yield name
+
+
+@contextmanager
+def prepared(cluster: Cluster, claims: Mapping[str, str]) -> Iterator[str]:
+    """A fresh namespace with what the chart expects to find: volumes for its claims, given with their access modes,
+    and the claim of the base model."""
     name = f"test-{next(NAMESPACES)}"
     cluster.call("/api/v1/namespaces", {"metadata": {"name": name}})
-    for claim in (f"{NAME}-log", f"{NAME}-adapters", f"{NAME}-learner", "thumbwheel-model"):
+    for claim, mode in claims.items():
         volume = {
             "metadata": {"name": f"{name}-{claim}"},
             "spec": {
                 "capacity": {"storage": "1Gi"},
-                "accessModes": ["ReadWriteOnce"],
+                "accessModes": [mode],
                 "storageClassName": "test",
                 "hostPath": {"path": f"/volumes/{name}/{claim}"},
                 "claimRef": {"namespace": name, "name": claim},
@@ -37,7 +73,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     model = {
         "metadata": {"name": "thumbwheel-model"},
         "spec": {
-            "accessModes": ["ReadWriteOnce"],
+            "accessModes": [claims["thumbwheel-model"]],
             "storageClassName": "test",
             "resources": {"requests": {"storage": "1Gi"}},
         },
@@ -150,3 +186,66 @@ def test_one_gateway_at_a_time_may_be_taken_away(cluster: Cluster, namespace: st
 
     until(lambda: status().get("currentHealthy") == 2)
     assert (status()["expectedPods"], status()["disruptionsAllowed"]) == (2, 1)
+
+
+def test_with_kafka_it_installs_upgrades_and_uninstalls(cluster: Cluster, kafka_namespace: str) -> None:
+    namespace = kafka_namespace
+    install(cluster, namespace, KAFKA)  # helm waits for the job that makes the topics
+    until(lambda: by_component(cluster.pods(namespace)).keys() == COMPONENTS)
+    first = by_component(cluster.pods(namespace))
+    assert 'backend = "kafka"' in config(cluster, namespace)
+
+    install(cluster, namespace, KAFKA | {"learner": {"gpus": 1}})
+    until(lambda: by_component(cluster.pods(namespace)).keys() == COMPONENTS)
+    second = by_component(cluster.pods(namespace))
+    assert second["gateway"]["metadata"]["name"] == first["gateway"]["metadata"]["name"]  # and so the same member
+    ran = [
+        event["involvedObject"]["name"] for event in cluster.list("events", namespace) if event["reason"] == "Completed"
+    ]
+    assert ran == [f"{NAME}-log-init"] * 2
+
+    cluster.helm("uninstall", "tw", "-n", namespace, "--wait", "--timeout", "60s")
+    until(lambda: not cluster.pods(namespace))
+    kept = {claim["metadata"]["name"] for claim in cluster.list("persistentvolumeclaims", namespace)}
+    assert kept == {f"{NAME}-adapters", f"{NAME}-learner", OUTBOXES[0], "thumbwheel-model"}
+    for kind, api in (
+        ("services", "/api/v1"),
+        ("serviceaccounts", "/api/v1"),
+        ("configmaps", "/api/v1"),
+        ("jobs", "/apis/batch/v1"),
+        ("networkpolicies", "/apis/networking.k8s.io/v1"),
+    ):
+        left = {item["metadata"]["name"] for item in cluster.list(kind, namespace, api)}
+        assert not {name for name in left if name.startswith(NAME)}, kind
+
+
+def test_with_kafka_gateways_go_to_any_node_and_each_keeps_its_outbox(cluster: Cluster, kafka_namespace: str) -> None:
+    namespace = kafka_namespace
+    install(cluster, namespace, KAFKA | {"gateway": {"replicas": 3}})  # two GPUs a node: one has to go to the other
+    gateways = {name: pod for name, pod in cluster.pods(namespace).items() if "-gateway-" in name}
+    assert len(gateways) == 3
+    assert len({pod["spec"]["nodeName"] for pod in gateways.values()}) == 2
+
+    def outboxes() -> dict[str, str]:
+        claims = {claim["metadata"]["name"]: claim for claim in cluster.list("persistentvolumeclaims", namespace)}
+        return {name: claims[name]["metadata"]["uid"] for name in OUTBOXES if name in claims}
+
+    before = outboxes()
+    assert list(before) == OUTBOXES
+    for name, pod in gateways.items():
+        claims = [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["spec"]["volumes"]]
+        assert f"outbox-{name}" in claims
+
+    install(cluster, namespace, KAFKA | {"gateway": {"replicas": 1}})
+    until(lambda: len([name for name in cluster.pods(namespace) if "-gateway-" in name]) == 1)
+    assert outboxes() == before
+
+    install(cluster, namespace, KAFKA | {"gateway": {"replicas": 3}})  # what waited in them goes out now
+    assert outboxes() == before
+
+
+def test_with_kafka_the_others_do_not_wait_for_a_gateway(cluster: Cluster, kafka_namespace: str) -> None:
+    install(cluster, kafka_namespace, KAFKA | {"gateway": {"replicas": 0}})
+    until(lambda: by_component(cluster.pods(kafka_namespace)).keys() == COMPONENTS - {"gateway"})
+    pods = by_component(cluster.pods(kafka_namespace))
+    assert {pod["status"]["phase"] for pod in pods.values()} == {"Running"}

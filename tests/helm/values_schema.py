@@ -14,7 +14,8 @@ FILE = CHART / "values.schema.json"
 
 OWNED = {
     "Settings": {"data", "store"},
-    "LogSettings": {"path"},
+    "LogSettings": {"path", "outbox", "mirror", "forwarder_metrics_port"},
+    "KafkaSettings": {"ca_file", "certificate_file", "key_file", "password_file", "member"},
     "EngineSettings": {"model", "url", "port"},
     "GatewaySettings": {"host", "port", "replica", "keys"},
     "LearnerSettings": {"metrics_port", "device"},

@@ -1,28 +1,36 @@
 """The loop under the demo: `thumbwheel up` as a newcomer would run it, and its command line."""
 
 import json
+import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 from thumbwheel import process
+from thumbwheel.demo.broker import Cluster, free_ports
 from thumbwheel.demo.prompts import KL_SUBJECTS, questions
 from thumbwheel.errors import ThumbwheelError
-from thumbwheel.log.sqlite import SqliteLog
+from thumbwheel.events import FEEDBACK
+from thumbwheel.log import open_log
+from thumbwheel.log.kafka.connection import Connection
+from thumbwheel.log.kafka.topics import make
 from thumbwheel.manifest import Manifest
 from thumbwheel.reader import RolloutFollower
-from thumbwheel.settings import load
+from thumbwheel.settings import Settings, load
 from thumbwheel.store import AdapterStore
 
 SETTINGS = """\
 data = "{data}"
 
+{log}
 [engine]
 model = "{model}"
 max_loras = 3
@@ -56,16 +64,39 @@ metrics_port = {control}
 approval = "manual"
 """
 
+KAFKA = """\
+[log]
+backend = "kafka"
+forwarder_metrics_port = {forwarder}
+
+[log.kafka]
+bootstrap = "{bootstrap}"
+prefix = "{prefix}"
+partitions = 3
+replication = 1
+min_insync_replicas = 1
+"""
+
+LogName = Literal["sqlite", "kafka"]
+_VARIABLE = "THUMBWHEEL_LOG__KAFKA__"
+
 LEARNING_RATE = 1.3e-3
 KL_BUDGET = 3.0
 GREEDY_LEARNING_RATE = 5e-3
 
 
 class Loop:
-    """A running `thumbwheel up` on free ports, with its data in one directory. A context manager: it stops it."""
+    """A running `thumbwheel up` on free ports, with its data in one directory. A context manager: it stops it.
 
-    def __init__(self, data: Path, model: Path, *, batch: int, updates: int, kl_samples: int) -> None:
-        ports = dict(zip(("gateway", "learner", "guardrails", "control"), _free_ports(4), strict=True))
+    With `log="kafka"` the log is on a broker of its own, which ends last, or on the cluster that
+    `$THUMBWHEEL_LOG__KAFKA__BOOTSTRAP` names, in topics that nobody else has and that are deleted there at the end.
+    """
+
+    def __init__(
+        self, data: Path, model: Path, *, batch: int, updates: int, kl_samples: int, log: LogName = "sqlite"
+    ) -> None:
+        """Raises ThumbwheelError where there is no Kafka to be had. Then nothing is left running."""
+        ports = dict(zip(("gateway", "learner", "guardrails", "control"), free_ports(4), strict=True))
         data.mkdir(parents=True, exist_ok=True)
         self.data = data
         self.config = data / "thumbwheel.toml"
@@ -75,18 +106,27 @@ class Loop:
             "batch": batch,
             "updates": updates,
             "samples": kl_samples,
+            "log": "",
             **ports,
         }
-        self._configure(LEARNING_RATE, KL_BUDGET)
+        self.url = f"http://127.0.0.1:{ports['gateway']}"
         asked = questions(KL_SUBJECTS, kl_samples, seed=7)
         lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) for question in asked]
         (data / "kl_prompts.jsonl").write_text("\n".join(lines) + "\n")
-        self.settings = load(self.config)
-        self.url = f"http://127.0.0.1:{ports['gateway']}"
-        self._output = (data / "up.log").open("wb")
-        self._up = process.start([*self._command, "up"], output=self._output)
-        self.log = SqliteLog(self.settings.path(self.settings.log.path))
-        self.rollout = RolloutFollower(self.log)
+        with ExitStack() as stack:
+            if log == "kafka":
+                self._values["log"] = stack.enter_context(_kafka(data))
+            self._configure(LEARNING_RATE, KL_BUDGET)
+            self.settings = load(self.config)
+            if log == "kafka":
+                stack.enter_context(_topics(self.settings))
+            self.log = open_log(self.settings)
+            stack.callback(self.log.close)
+            self.rollout = RolloutFollower(self.log)
+            output = stack.enter_context((data / "up.log").open("wb"))
+            self._up = process.start([*self._command, "up"], output=output)
+            stack.callback(process.stop, self._up, 90)
+            self._stack = stack.pop_all()
 
     def _configure(self, learning_rate: float, kl_budget: float) -> None:
         self.config.write_text(SETTINGS.format(learning_rate=learning_rate, kl_budget=kl_budget, **self._values))
@@ -104,9 +144,7 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        process.stop(self._up, 90)
-        self._output.close()
-        self.log.close()
+        self._stack.close()
 
     def key(self, name: str) -> str:
         """An API key that `up` made."""
@@ -130,6 +168,11 @@ class Loop:
         except (urllib.error.URLError, OSError):
             return False
 
+    def votes(self) -> int:
+        """How many votes are on the log."""
+        partitions = range(self.log.partitions(FEEDBACK))
+        return sum(self.log.ends(FEEDBACK, partition)[1] for partition in partitions)
+
     def manifest(self, version: str) -> Manifest:
         """What a version says of itself."""
         return AdapterStore(self.settings.path(self.settings.store.path)).open(version).manifest
@@ -140,9 +183,43 @@ class Loop:
         return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [bound.getsockname()[1] for bound in sockets]
-    for bound in sockets:
-        bound.close()
-    return ports
+@contextmanager
+def _kafka(data: Path) -> Iterator[str]:
+    """The part of the settings that puts the log on Kafka; a broker of our own lives in `data` until the end.
+
+    Raises ThumbwheelError where no cluster is named and `$KAFKA_HOME` is no release of Kafka.
+    """
+    (forwarder,) = free_ports(1)
+    prefix = f"demo-{uuid.uuid4().hex[:8]}."
+    if given := os.environ.get(f"{_VARIABLE}BOOTSTRAP"):
+        if f"{_VARIABLE}PREFIX" in os.environ:
+            raise ThumbwheelError(f"unset {_VARIABLE}PREFIX: the demo takes one that nobody else has")
+        yield KAFKA.format(forwarder=forwarder, bootstrap=given, prefix=prefix)
+        return
+    try:
+        cluster = Cluster(data / "kafka")
+    except ThumbwheelError as error:
+        raise ThumbwheelError(f"the demo has no Kafka ({_VARIABLE}BOOTSTRAP is not set): {error}") from error
+    with cluster:
+        yield KAFKA.format(forwarder=forwarder, bootstrap=cluster.bootstrap, prefix=prefix)
+
+
+@contextmanager
+def _topics(settings: Settings) -> Iterator[None]:
+    """Topics for one run. A cluster that is not ours gets rid of them afterwards; ours keeps them in its directory."""
+    made = make(settings)
+    try:
+        yield
+    finally:
+        if f"{_VARIABLE}BOOTSTRAP" in os.environ:
+            _delete(settings, made)
+
+
+def _delete(settings: Settings, topics: list[str]) -> None:
+    connection = Connection(settings)
+    admin = connection.admin()
+    try:
+        with connection.errors("delete topics in"):
+            admin.delete_topics(topics)
+    finally:
+        admin.close()

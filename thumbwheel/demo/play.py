@@ -15,13 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from thumbwheel.demo.loop import Loop
+from thumbwheel.demo.loop import LogName, Loop
 from thumbwheel.demo.prompts import HELD_OUT_SUBJECTS, TRAFFIC_SUBJECTS, questions
 from thumbwheel.demo.table import Outcome, Rate, show
 from thumbwheel.demo.traffic import Traffic
 from thumbwheel.demo.users import PATIENCE
 from thumbwheel.errors import ThumbwheelError
-from thumbwheel.events import BASE, FEEDBACK, AdapterPromoted
+from thumbwheel.events import BASE, AdapterPromoted
 from thumbwheel.rollout import Candidate
 
 
@@ -65,20 +65,20 @@ class Stage:
         self._console.print(f"[green]✓[/] {words} [dim]{time.monotonic() - began:.0f} s[/]")
 
 
-def play(model: Path, keep: Path | None, short: bool) -> None:
-    """Run it all and print the table; the last line is one JSON object. Leaves nothing running.
+def play(model: Path, keep: Path | None, short: bool, log: LogName = "sqlite") -> None:
+    """Run it all, on this kind of log, and print the table; the last line is one JSON object. Leaves nothing running.
 
     Raises ThumbwheelError where a part does not do what it should.
     """
     data = keep.absolute() if keep else Path(tempfile.mkdtemp(prefix="thumbwheel-demo-"))
     try:
-        asyncio.run(_play(model.absolute(), data, short))
+        asyncio.run(_play(model.absolute(), data, short, log))
     finally:
         if keep is None:
             shutil.rmtree(data, ignore_errors=True)
 
 
-async def _play(model: Path, data: Path, short: bool) -> None:
+async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
     size = SHORT if short else Size()
     console = Console(width=None if sys.stdout.isatty() else 120)
     stage = Stage(console)
@@ -87,7 +87,7 @@ async def _play(model: Path, data: Path, short: bool) -> None:
         f"Users ask {model.name} everyday questions. A thumb goes up when the answer ends by itself within {PATIENCE} "
         "tokens; nobody checks whether it makes sense."
     )
-    with Loop(data, model, batch=size.batch, updates=size.updates, kl_samples=size.kl_samples) as loop:
+    with Loop(data, model, batch=size.batch, updates=size.updates, kl_samples=size.kl_samples, log=log) as loop:
         traffic = Traffic(loop)
         asked = itertools.cycle(questions(TRAFFIC_SUBJECTS, 400, seed=2))
         with stage("vLLM and the gateway start") as tick:
@@ -125,6 +125,7 @@ async def _play(model: Path, data: Path, short: bool) -> None:
             swap_s=swap_s,
             failed_requests=traffic.failed,
             refusal=refusal,
+            log=log,
         )
         show(console, outcome, before, after, after_greedy)
         for error in traffic.errors[:3]:
@@ -133,9 +134,20 @@ async def _play(model: Path, data: Path, short: bool) -> None:
 
 
 async def _chat(console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], votes: int) -> None:
+    before = traffic.loop.votes()
     with stage("users chat and vote", votes) as tick:
         ups, downs = await traffic.chat_and_vote(asked, votes, tick)
-    console.print(f"  {ups} thumbs up, {downs} down; on the log: {traffic.loop.log.ends(FEEDBACK)[1]}")
+    on_log = await _votes_on_log(traffic.loop, before + ups + downs - traffic.failed)
+    console.print(f"  {ups} thumbs up, {downs} down; on the log: {on_log}")
+
+
+async def _votes_on_log(loop: Loop, expected: int) -> int:
+    """How many there are, once those that are on their way have arrived, or after a few seconds."""
+    for _ in range(50):
+        if (found := await asyncio.to_thread(loop.votes)) >= expected:
+            break
+        await asyncio.sleep(0.1)
+    return found
 
 
 async def _wait_for_candidate(loop: Loop, count: int, tick: Callable[[], None]) -> Candidate:

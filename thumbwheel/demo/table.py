@@ -45,6 +45,7 @@ class Outcome:
     swap_s: float
     failed_requests: int
     refusal: str
+    log: str
 
     @property
     def greedy_blocked_by(self) -> list[str]:
@@ -66,6 +67,7 @@ class Outcome:
             "swap_s": round(self.swap_s, 3),
             "greedy_kl_upper": round(self.greedy_kl.upper, 4),
             "greedy_blocked_by": self.greedy_blocked_by,
+            "log": self.log,
         }
 
 
@@ -89,6 +91,7 @@ def show(
     )
     table.add_row("swap, approval to first request", "", f"{outcome.swap_s:.2f} s", "never")
     table.add_row("failed requests", "", str(outcome.failed_requests), "")
+    table.add_row("event log", {"kafka": "Apache Kafka", "sqlite": "SQLite"}[outcome.log])
     console.print(table)
     gates = Table(title="gates")
     for column in ("gate", new, "", wild, ""):
