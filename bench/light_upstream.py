@@ -53,12 +53,17 @@ def _events(asked: bool) -> list[bytes]:
     return [events[0] + events[1], *events[2:], b"data: [DONE]\n\n"]
 
 
+MODELS = orjson.dumps({"object": "list", "data": [{"id": "policy@base", "parent": None}]})
 WHOLE = {asked: _whole(asked) for asked in (False, True)}
 EVENTS = {asked: _events(asked) for asked in (False, True)}
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers every path."""
+    """Answers every path; the list of models as vLLM does, so that a gateway takes it for its engine."""
+    if scope["path"] == "/v1/models":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": MODELS})
+        return
     body = b""
     more = True
     while more:
@@ -68,12 +73,13 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     request = orjson.loads(body) if body else {}
     asked, stream = bool(request.get("return_token_ids")), bool(request.get("stream"))
     content_type = b"text/event-stream; charset=utf-8" if stream else b"application/json"
+    id = b"chatcmpl-" + dict(scope["headers"]).get(b"x-request-id", b"0")
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type)]})
     if not stream:
-        await send({"type": "http.response.body", "body": WHOLE[asked]})
+        await send({"type": "http.response.body", "body": WHOLE[asked].replace(b"chatcmpl-0", id)})
         return
     for event in EVENTS[asked]:
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": event.replace(b"chatcmpl-0", id), "more_body": True})
         await asyncio.sleep(PACE_S)
     await send({"type": "http.response.body", "body": b""})
 
