@@ -221,11 +221,15 @@ def add_key(context: Context, name: str, scopes: tuple[str, ...]) -> None:
 
 @cli.command()
 @as_json
+@click.option("--settings", "in_force", is_flag=True, help="Print the settings that are in force, as JSON.")
 @pass_context
-def doctor(context: Context, json_: bool) -> None:
+def doctor(context: Context, json_: bool, in_force: bool) -> None:
     """Check what a start would need, and say in words what is wrong and how to mend it."""
     from thumbwheel.doctor import examine
 
+    if in_force:
+        click.echo(context.settings.model_dump_json(indent=2))
+        return
     findings = examine(context.settings)
     if json_:
         click.echo(json.dumps([finding.__dict__ for finding in findings], indent=2))

@@ -3,12 +3,16 @@
 import logging
 from collections.abc import Iterator
 
-from thumbwheel.events import ROLLOUT, AnyEvent, decode
+from thumbwheel.events import ROLLOUT, AnyEvent, ReplicaReported, decode
 from thumbwheel.log import deadletter
 from thumbwheel.log.port import Log, Record
 from thumbwheel.rollout import Rollout, apply
 
 logger = logging.getLogger(__name__)
+
+REPORTS_KEPT = 10_000
+"""How many ids of replicas' reports are remembered: reports never end, and a copy that comes later is out of date for
+as long as the next report takes."""
 
 
 def event_of(record: Record) -> AnyEvent:
@@ -42,7 +46,8 @@ class RolloutFollower:
         self._group = group
         self._offsets: dict[int, int] = {}
         self._committed: dict[int, int] = {}
-        self._seen: set[str] = set()
+        self._seen: dict[str, None] = {}
+        self._reports: dict[str, None] = {}
         self._fresh: list[AnyEvent] = []
         self.state = Rollout()
 
@@ -67,10 +72,18 @@ class RolloutFollower:
         except ValueError as error:
             self._pass_over(record, error)
             return
-        if event.id not in self._seen:
-            self._seen.add(event.id)
+        if not self._is_copy(event):
             self.state = apply(self.state, event)
             self._fresh.append(event)
+
+    def _is_copy(self, event: AnyEvent) -> bool:
+        seen = self._reports if isinstance(event, ReplicaReported) else self._seen
+        if event.id in seen:
+            return True
+        seen[event.id] = None
+        if len(self._reports) > REPORTS_KEPT:
+            del self._reports[next(iter(self._reports))]  # a dict keeps the order: the oldest
+        return False
 
     def _pass_over(self, record: Record, error: ValueError) -> None:
         if self._group is None:

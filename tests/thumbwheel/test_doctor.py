@@ -117,3 +117,13 @@ def test_settings_that_cannot_work_are_named(more: dict[str, Any], setting: str,
     (finding,) = about(Settings(data=tmp_path, log=values), "kafka")
     assert not finding.ok
     assert f"[log.kafka] {setting}" in finding.words
+
+
+def test_the_settings_in_force_are_printed_with_what_the_environment_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(tmp_path, {"backend": "sqlite"})
+    monkeypatch.setenv("THUMBWHEEL_LEARNER__BETA", "0.25")
+    shown = json.loads(run(config, "doctor", "--settings").stdout)
+    assert shown["learner"]["beta"] == 0.25
+    assert shown["log"]["backend"] == "sqlite"

@@ -10,8 +10,9 @@ import pytest
 
 from tests import kafka
 from tests.thumbwheel.test_rollout import life, rejected, reported, submitted
+from thumbwheel import reader
 from thumbwheel.errors import LogError
-from thumbwheel.events import ROLLOUT, AnyEvent, FeedbackSubmitted
+from thumbwheel.events import ROLLOUT, AnyEvent, CandidateSubmitted, FeedbackSubmitted, ReplicaReported
 from thumbwheel.log import Log, Message, SqliteLog, message_of
 from thumbwheel.log.deadletter import dlq, letters
 from thumbwheel.log.kafka.log import KafkaLog
@@ -157,3 +158,23 @@ def test_the_position_is_committed_when_it_moved_and_not_else(log: Log, monkeypa
     append(log, reported("pass"))
     follower.poll()
     assert offsets == [1, 2]
+
+
+def test_ids_of_reports_are_forgotten_in_time_and_those_of_decisions_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "REPORTS_KEPT", 3)
+    log = SqliteLog(tmp_path / "log.sqlite")
+    submission = CandidateSubmitted(
+        source="learner", version="v1", digest="d", parent="base", algorithm="kto", learned_from=1, kl_upper=1.0
+    )
+    log.append(ROLLOUT, [message_of(submission)])
+    follower = RolloutFollower(log)
+    for number in range(10):
+        log.append(ROLLOUT, [message_of(ReplicaReported(source="gateway/r1", replica="r1", serving=f"v{number}"))])
+        follower.poll()
+    copy = message_of(submission)
+    log.append(ROLLOUT, [Message("another-place", copy.key, copy.time, copy.value)])
+    assert follower.poll() == []
+    assert len(follower._reports) == 3
+    log.close()
