@@ -45,7 +45,7 @@ class Diagnostics:
 def pair_weights(trust: Tensor) -> Tensor:
     """The weight of each pair of a whole batch, in proportion to its trust; they sum to the number of pairs."""
     total = trust.sum()
-    return trust * (len(trust) / total) if total > 0 else torch.zeros_like(trust)
+    return trust / total * len(trust) if total > 0 else torch.zeros_like(trust)
 
 
 def sigmoid(chosen: Tensor, rejected: Tensor, weights: Tensor, beta: float) -> Tensor:

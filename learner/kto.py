@@ -80,9 +80,11 @@ def class_weights(
     up = sum(each for each, is_up in zip(trust, ups, strict=True) if is_up)
     down = sum(each for each, is_up in zip(trust, ups, strict=True) if not is_up)
     total = weight_up * (up > 0) + weight_down * (down > 0)
-    per_up = weight_up / up / total if up > 0 else 0.0
-    per_down = weight_down / down / total if down > 0 else 0.0
-    return [len(ups) * each * (per_up if is_up else per_down) for each, is_up in zip(trust, ups, strict=True)]
+    share_up, share_down = (weight_up / total, weight_down / total) if total else (0.0, 0.0)
+    return [
+        len(ups) * (share_up * (each / up) if is_up else share_down * (each / down)) if each else 0.0
+        for each, is_up in zip(trust, ups, strict=True)
+    ]
 
 
 def mismatched(rows: Sequence[Row]) -> list[Row]:

@@ -27,10 +27,10 @@ __all__ = ["plain_settings", "tiny_dir"]
 VOTES = 240
 
 
-@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
+@pytest.fixture
 def settings(request: pytest.FixtureRequest, plain_settings: Settings) -> Settings:
-    """On either log."""
-    if request.param == "sqlite":
+    """On the log that a test asks for, SQLite else."""
+    if getattr(request, "param", "sqlite") == "sqlite":
         return plain_settings
     known = kafka.on(request.getfixturevalue("kafka_address"), plain_settings.data, **KEPT)
     return plain_settings.model_copy(update={"log": known.log})
@@ -103,6 +103,7 @@ def test_killed_at_one_point_after_the_other_it_makes_one_whole_candidate(
     assert len(check(log, settings, tmp_path)) == 16
 
 
+@pytest.mark.parametrize("settings", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
 def test_killed_again_and_again_at_random_it_learns_nothing_twice(settings: Settings, log: Log, tmp_path: Path) -> None:
     chance = random.Random(3)
     store = AdapterStore(settings.path(settings.store.path))

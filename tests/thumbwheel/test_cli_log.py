@@ -269,7 +269,12 @@ class Following:
 
     def __init__(self, config: Path, *options: str) -> None:
         self.process = subprocess.Popen(
-            command(config, "log", "tail", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command(config, "log", "tail", *options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell without job control lets what it puts into the background ignore Ctrl-C, and all its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.out: SimpleQueue[str] = SimpleQueue()
         self.err: SimpleQueue[str] = SimpleQueue()
