@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from thumbwheel.demo.loop import LogName, Loop
 from thumbwheel.demo.prompts import HELD_OUT_SUBJECTS, TRAFFIC_SUBJECTS, questions
-from thumbwheel.demo.table import Outcome, Rate, show
+from thumbwheel.demo.table import Outcome, Rate, open_gates, show
 from thumbwheel.demo.traffic import Traffic
 from thumbwheel.demo.users import PATIENCE
 from thumbwheel.errors import ThumbwheelError
@@ -39,6 +39,9 @@ class Size:
     def votes(self) -> int:
         return self.batch * self.updates
 
+
+ATTEMPTS = 3
+"""How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that."""
 
 SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8)
 
@@ -94,11 +97,7 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
             await asyncio.to_thread(loop.wait, loop.ready, "the gateway's readiness", 300, tick)
         with stage("held-out questions, before", len(held_out)) as tick:
             before = await traffic.ask_all(held_out, tick, "app", "policy")
-        await _chat(console, stage, traffic, asked, size.votes)
-        with stage("the learner updates the adapter and holds it to the KL budget") as tick:
-            candidate = await _wait_for_candidate(loop, 1, tick)
-        with stage(f"the guardrails evaluate {candidate.version} through the gateway") as tick:
-            candidate = await _wait_for_report(loop, candidate.version, tick)
+        candidate, rejected = await _candidate_that_passes(console, stage, traffic, asked, size.votes, short)
         with stage(f"an operator approves {candidate.version}; the gateway swaps under load") as tick:
             swap_s = await _approve_and_swap(loop, traffic, candidate, short, tick)
         with stage("held-out questions, after", len(held_out)) as tick:
@@ -107,7 +106,7 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
         loop.be_greedy()
         await _chat(console, stage, traffic, asked, size.votes)
         with stage("the greedy learner updates the adapter") as tick:
-            greedy = await _wait_for_candidate(loop, 2, tick)
+            greedy = await _wait_for_candidate(loop, len(rejected) + 2, tick)
         with stage(f"the guardrails evaluate {greedy.version}") as tick:
             greedy = await _wait_for_report(loop, greedy.version, tick)
         with stage(f"held-out questions to {greedy.version}, pinned by an evaluator", size.greedy_held_out) as tick:
@@ -119,6 +118,7 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
             after=Rate.of(after),
             after_greedy=Rate.of(after_greedy),
             candidate=candidate,
+            rejected=rejected,
             greedy=greedy,
             kl=loop.manifest(candidate.version).kl,
             greedy_kl=loop.manifest(greedy.version).kl,
@@ -131,6 +131,36 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
         for error in traffic.errors[:3]:
             console.print(f"[red]a request failed: {error}")
     print(json.dumps(outcome.as_json()))
+
+
+async def _candidate_that_passes(
+    console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], votes: int, short: bool
+) -> tuple[Candidate, list[Candidate]]:
+    """Users vote, the learner learns, the guardrails judge; what does not pass an operator rejects, and it goes on.
+
+    Also returns what was rejected. A short run has too few answers to settle a gate and takes the first candidate.
+    """
+    loop = traffic.loop
+    rejected: list[Candidate] = []
+    while True:
+        await _chat(console, stage, traffic, asked, votes)
+        with stage("the learner updates the adapter and holds it to the KL budget") as tick:
+            candidate = await _wait_for_candidate(loop, len(rejected) + 1, tick)
+        with stage(f"the guardrails evaluate {candidate.version} through the gateway") as tick:
+            candidate = await _wait_for_report(loop, candidate.version, tick)
+        assert candidate.report is not None
+        if short or candidate.report.verdict == "pass":
+            return candidate, rejected
+        rejected.append(candidate)
+        why = f"gates that did not pass: {', '.join(open_gates(candidate))}"
+        if len(rejected) == ATTEMPTS:
+            raise ThumbwheelError(f"{ATTEMPTS} candidates in a row were not fit to go live; {candidate.version}: {why}")
+        code, words = await asyncio.to_thread(
+            loop.command, "adapters", "reject", candidate.version, "--actor", "demo-operator", "--reason", why
+        )
+        if code != 0:
+            raise ThumbwheelError(f"{candidate.version} could not be rejected: {words}")
+        console.print(f"  [yellow]{candidate.version} is rejected: {why}[/]; users go on voting")
 
 
 async def _chat(console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], votes: int) -> None:

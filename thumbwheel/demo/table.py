@@ -31,6 +31,11 @@ class Rate:
         return f"{self.rate:.0%}  [{self.low:.0%}, {self.high:.0%}]  n={self.n}"
 
 
+def open_gates(candidate: Candidate) -> list[str]:
+    """The gates that a candidate did not pass, failed or inconclusive."""
+    return [check.name for check in candidate.report.checks if check.verdict != "pass"] if candidate.report else []
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Everything that the demo measured."""
@@ -39,6 +44,7 @@ class Outcome:
     after: Rate
     after_greedy: Rate
     candidate: Candidate
+    rejected: Sequence[Candidate]
     greedy: Candidate
     kl: KLBound
     greedy_kl: KLBound
@@ -63,6 +69,7 @@ class Outcome:
             "gates": {check.name: check.verdict for check in self.candidate.report.checks}
             if self.candidate.report
             else {},
+            "rejected_before": {candidate.version: open_gates(candidate) for candidate in self.rejected},
             "failed_requests": self.failed_requests,
             "swap_s": round(self.swap_s, 3),
             "greedy_kl_upper": round(self.greedy_kl.upper, 4),

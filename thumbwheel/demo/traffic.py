@@ -128,10 +128,9 @@ class Traffic:
                         self.failed += 1
                         self.errors.append(str(error))
 
-            async with asyncio.TaskGroup() as group:
-                for number in range(SWAP_CLIENTS):
-                    group.create_task(run(stream=number % 2 == 0))
-                try:
-                    yield served
-                finally:
-                    enough.set()
+            group = [asyncio.create_task(run(stream=number % 2 == 0)) for number in range(SWAP_CLIENTS)]
+            try:
+                yield served
+            finally:
+                enough.set()
+                await asyncio.gather(*group)
