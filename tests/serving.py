@@ -21,7 +21,7 @@ from serve.routing import Route, Router, Table
 from thumbwheel.events import BASE, FEEDBACK, RESPONSES, FeedbackSubmitted, ResponseGenerated, decode
 from thumbwheel.log import SqliteLog
 from thumbwheel.log.group import GroupCommit
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
 DIGEST = "sha256:" + "0" * 64

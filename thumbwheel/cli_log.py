@@ -78,7 +78,7 @@ def init(context: Context, json_: bool) -> None:
 @pass_context
 def read(context: Context, topic: str | None, start: int, partition: int | None, json_: bool) -> None:
     """Print a topic (or TOPIC.dlq) from an offset on; without TOPIC, say what each topic holds."""
-    from thumbwheel.reader import read_all
+    from thumbwheel.log.port import read_all
 
     if topic is not None:
         known_topic(topic)

@@ -1,11 +1,10 @@
 """Reading events off the log: decoded, in order, each id once."""
 
 import logging
-from collections.abc import Iterator
 
 from thumbwheel.events import ROLLOUT, AnyEvent, ReplicaReported, decode
 from thumbwheel.log import deadletter
-from thumbwheel.log.port import Log, Record
+from thumbwheel.log.port import Log, Record, read_all
 from thumbwheel.rollout import Rollout, apply
 
 logger = logging.getLogger(__name__)
@@ -24,14 +23,6 @@ def event_of(record: Record) -> AnyEvent:
     if event.topic != record.topic:
         raise ValueError(f"an event {event.type} does not belong on {record.topic}")
     return event
-
-
-def read_all(log: Log, topic: str, start: int = 0, partition: int = 0) -> Iterator[Record]:
-    """Every record from `start` to the end of the log as it is now."""
-    offset = start
-    while batch := log.read(topic, offset, partition=partition):
-        yield from batch
-        offset = batch[-1].offset + 1
 
 
 class RolloutFollower:

@@ -18,7 +18,7 @@ from tests.learner.traffic import KEPT, fill
 from tests.learner.worker import POINTS, started
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, CandidateSubmitted, decode
 from thumbwheel.log import Log, open_log
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 

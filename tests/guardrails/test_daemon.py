@@ -32,7 +32,7 @@ from thumbwheel.events import (
 from thumbwheel.log import Message, Record, SqliteLog, message_of
 from thumbwheel.log.deadletter import letters
 from thumbwheel.log.kafka.log import KafkaLog
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
 DIGEST = "sha256:1"

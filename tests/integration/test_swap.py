@@ -17,7 +17,7 @@ import pytest
 from tests.adapters import append, decided, make_adapter, submitted
 from tests.launch import GatewayProcess, unload, wait_for
 from thumbwheel.events import RESPONSES, ROLLOUT, ReplicaReported, ResponseGenerated, decode
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 
 pytestmark = pytest.mark.engine
 

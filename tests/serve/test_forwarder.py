@@ -18,7 +18,7 @@ from tests.serve.test_feedback import response_id
 from tests.serve.test_process import alive
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, ReplicaReported, decode
 from thumbwheel.log import Log, open_log
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.store import fingerprint
 
 STAND_IN = """#!/bin/sh

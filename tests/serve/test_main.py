@@ -17,7 +17,7 @@ from thumbwheel.errors import SettingsError
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, ReplicaReported, decode
 from thumbwheel.log import SqliteLog
 from thumbwheel.log.mirror import WHOLE
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import GatewaySettings, Settings
 from thumbwheel.store import fingerprint
 

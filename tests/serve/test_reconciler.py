@@ -14,7 +14,7 @@ from tests.serve.world import until, world
 from thumbwheel.events import BASE, ROLLOUT, AdapterRolledBack, ReplicaReported, decode
 from thumbwheel.log import SqliteLog
 from thumbwheel.log.mirror import WHOLE
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.rollout import Rollout
 from thumbwheel.store import WEIGHTS, Adapter
 

@@ -15,7 +15,7 @@ from tests.serve.engine_stub import EngineStub
 from thumbwheel.events import ROLLOUT, ReplicaReported, decode
 from thumbwheel.log import SqliteLog
 from thumbwheel.log.group import GroupCommit
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 from thumbwheel.store import Adapter, AdapterStore, fingerprint
 

@@ -1,6 +1,7 @@
 """One event of every type, with all that it may carry."""
 
 from thumbwheel.events import (
+    FEEDBACK,
     AdapterPromoted,
     AdapterRolledBack,
     CandidateApproved,
@@ -17,7 +18,8 @@ from thumbwheel.events import (
     Sampling,
     Timings,
 )
-from thumbwheel.log import Log, message_of
+from thumbwheel.log import Log, Message, message_of, read_all
+from thumbwheel.log.deadletter import letters, send
 
 
 def response(id: str = "r1", time: float = 1.0, text: str = "Paris", version: str = "v1") -> ResponseGenerated:
@@ -71,3 +73,18 @@ def put(log: Log, *events: Event) -> None:
     """Each onto its topic, in order."""
     for event in events:
         log.append(event.topic, [message_of(event)])
+
+
+def dead(log: Log, value: bytes = b"no event", id: str = "m1") -> str:
+    """A dead letter of the learner's; returns its id."""
+    there = {letter.id for letter in letters(log, FEEDBACK)}
+    log.append(FEEDBACK, [Message(id, "r9", 5.0, value, (("ce_type", b"odd"),))])
+    record = next(
+        record
+        for partition in range(log.partitions(FEEDBACK))
+        for record in read_all(log, FEEDBACK, 0, partition)
+        if record.message.id == id
+    )
+    send(log, record, "learner", ValueError("no"))
+    (new,) = {letter.id for letter in letters(log, FEEDBACK)} - there
+    return new

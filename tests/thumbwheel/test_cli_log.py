@@ -1,52 +1,25 @@
-"""The commands under `thumbwheel log`, run as a person runs them, on both logs."""
+"""The commands of `thumbwheel log` that end by themselves, run as a person runs them, on both logs."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
-from typing import IO
 
 import pytest
 from click.testing import CliRunner
 
 from tests import kafka
-from tests.thumbwheel.command import command, configure, run
-from tests.thumbwheel.samples import EVERY, put, response, vote
+from tests.thumbwheel.command import configure, run
+from tests.thumbwheel.samples import EVERY, dead, put, response, vote
 from tests.thumbwheel.test_rollout import reported, submitted
 from thumbwheel.cli import cli
-from thumbwheel.demo.broker import Cluster
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, TOPICS
-from thumbwheel.log import Log, Message, SqliteLog, open_log
+from thumbwheel.log import Log, Message, SqliteLog
 from thumbwheel.log.copy import ALL
-from thumbwheel.log.deadletter import letters, send
-from thumbwheel.log.kafka.connection import Connection
 from thumbwheel.log.kafka.topics import make
-from thumbwheel.reader import read_all
 from thumbwheel.settings import load
-
-
-@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
-def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Settings of a log whose topics are made."""
-    if request.param == "sqlite":
-        return configure(tmp_path)
-    values = kafka.kafka(request.getfixturevalue("kafka_address"))
-    file = configure(tmp_path, values)
-    make(load(file))
-    return file
-
-
-@pytest.fixture
-def log(config: Path) -> Iterator[Log]:
-    made = open_log(load(config))
-    yield made
-    made.close()
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
@@ -259,237 +232,6 @@ def test_tail_shows_what_was_asked_for(config: Path, log: Log) -> None:
         done = CliRunner().invoke(cli, ["--config", str(config), "log", "tail", "--no-follow", "--json", *options])
         shown = [json.loads(line) for line in done.stdout.splitlines()]
         assert [one.get("response_id") or one.get("replica") or one["version"] for one in shown] == keys, options
-
-
-# --- following ---------------------------------------------------------------------------------------------------
-
-
-class Following:
-    """A `log tail` at work, and the lines of its two outputs as they come."""
-
-    def __init__(self, config: Path, *options: str) -> None:
-        self.process = subprocess.Popen(
-            command(config, "log", "tail", *options),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A shell without job control lets what it puts into the background ignore Ctrl-C, and all its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        self.out: SimpleQueue[str] = SimpleQueue()
-        self.err: SimpleQueue[str] = SimpleQueue()
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self._threads = [
-            threading.Thread(target=self._read, args=(self.process.stdout, self.out)),
-            threading.Thread(target=self._read, args=(self.process.stderr, self.err)),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    @staticmethod
-    def _read(stream: IO[str], queue: SimpleQueue[str]) -> None:
-        with stream:
-            for line in stream:
-                queue.put(line)
-
-    def key(self, timeout_s: float = 30) -> str:
-        """The key of the next event."""
-        return str(json.loads(self.out.get(timeout=timeout_s))["response_id"])
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for thread in self._threads:
-            thread.join()
-
-
-@pytest.fixture
-def following(config: Path, log: Log) -> Iterator[Following]:
-    """One that has shown that it is at work."""
-    put(log, vote("old"))
-    tail = Following(config, FEEDBACK, "--since", "1970-01-01", "--json")
-    assert tail.key() == "old"
-    yield tail
-    tail.end()
-
-
-def test_tail_follows_and_ctrl_c_ends_it_in_good_order(following: Following, log: Log) -> None:
-    for i in range(5):
-        put(log, vote(f"r{i}"))
-        assert following.key() == f"r{i}"
-    following.process.send_signal(signal.SIGINT)
-    assert following.process.wait(20) == 0
-    following.end()
-    assert following.err.empty()
-
-
-def test_tail_by_itself_shows_only_what_is_new(config: Path, log: Log) -> None:
-    put(log, vote("old"))
-    tail = Following(config, "--json", "--limit", "1")
-    deadline = time.monotonic() + 30
-    count = 0
-    while tail.process.poll() is None and time.monotonic() < deadline:
-        put(log, vote(f"new{count}", time=2.0 + count))
-        count += 1
-        time.sleep(0.2)
-    assert tail.process.wait(1) == 0
-    assert tail.key(1).startswith("new")
-    tail.end()
-    assert tail.out.empty()
-
-
-def test_tail_moves_nobodys_place(following: Following, config: Path, log: Log) -> None:
-    settings = load(config)
-    if settings.log.backend == "kafka":
-        admin = Connection(settings).admin()
-        groups = [group["group_id"] for group in admin.list_groups()]
-        admin.close()
-        assert [group for group in groups if group.startswith(settings.log.kafka.prefix)] == []
-    assert log.committed("learner", FEEDBACK) == 0
-
-
-@pytest.mark.parametrize("arguments", [["read", FEEDBACK], ["tail", "--from-start"], ["tail", "--no-follow"]])
-def test_a_reader_that_goes_away_ends_it_in_good_order(config: Path, log: Log, arguments: list[str]) -> None:
-    log.append(FEEDBACK, [Message(f"m{i}", f"r{i}", float(i), b"x" * 200) for i in range(2000)])
-    process = subprocess.Popen(command(config, "log", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(30) == 0
-    assert process.stderr.read() == b""
-    process.stderr.close()
-
-
-def test_a_reader_that_goes_away_is_noticed_while_nothing_happens(config: Path, log: Log) -> None:
-    put(log, vote("only"))
-    process = subprocess.Popen(command(config, "log", "tail", "--from-start"), stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert b"only" in process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(30) == 0
-
-
-@pytest.mark.kafka
-def test_a_broker_that_goes_away_and_comes_back_is_waited_for(tmp_path: Path) -> None:
-    kafka.needs_release()
-    with Cluster(tmp_path / "cluster") as cluster:
-        config = configure(tmp_path, kafka.kafka(cluster.bootstrap, timeout_s=3.0))
-        make(load(config))
-        append(config, "before")
-        tail = Following(config, FEEDBACK, "--from-start", "--json")
-        assert tail.key() == "before"
-        cluster.brokers[0].signal(signal.SIGKILL)
-        assert "waiting for it" in tail.err.get(timeout=30)
-        time.sleep(6)
-        cluster.brokers[0].start()
-        cluster.until_ready()
-        assert "back" in tail.err.get(timeout=60)
-        append(config, "after")
-        assert tail.key() == "after"
-        assert tail.process.poll() is None
-        tail.end()
-        assert tail.err.empty()
-
-
-def append(config: Path, response_id: str) -> None:
-    log = open_log(load(config))
-    put(log, vote(response_id))
-    log.close()
-
-
-# --- dead letters ------------------------------------------------------------------------------------------------
-
-
-def dead(log: Log, value: bytes = b"no event", id: str = "m1") -> str:
-    """A dead letter of the learner's; returns its id."""
-    there = {letter.id for letter in letters(log, FEEDBACK)}
-    log.append(FEEDBACK, [Message(id, "r9", 5.0, value, (("ce_type", b"odd"),))])
-    record = next(
-        record
-        for partition in range(log.partitions(FEEDBACK))
-        for record in read_all(log, FEEDBACK, 0, partition)
-        if record.message.id == id
-    )
-    send(log, record, "learner", ValueError("no"))
-    (new,) = {letter.id for letter in letters(log, FEEDBACK)} - there
-    return new
-
-
-def test_a_dead_letter_is_listed_shown_and_given_back_byte_for_byte(config: Path, log: Log) -> None:
-    value = b'{"schema_version": "9.0", "a": [1, "\xc3\xb6"]}\n'
-    id = dead(log, value)
-    assert id in run(config, "log", "dlq", "list").stdout
-    (listed,) = json.loads(run(config, "log", "dlq", "list", FEEDBACK, "--json").stdout)
-    assert (listed["id"], listed["group"], listed["why"], listed["bytes"]) == (
-        id,
-        "learner",
-        "ValueError: no",
-        len(value),
-    )
-    assert json.loads(run(config, "log", "dlq", "list", ROLLOUT, "--json").stdout) == []
-    shown = run(config, "log", "dlq", "show", id[:6]).stdout
-    assert "ValueError: no" in shown
-    assert FEEDBACK in shown
-    assert "ce_type" in shown
-    assert '  "schema_version": "9.0",' in shown
-    assert json.loads(run(config, "log", "dlq", "show", id, "--json").stdout)["original"]["value"] == value.decode()
-    raw = subprocess.run(command(config, "log", "dlq", "show", id, "--raw"), capture_output=True, check=True)
-    assert raw.stdout == value
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (b"\x00\xff\x1b[2J", "00000000  00 ff 1b 5b 32 4a"),
-        ("grün\x1b".encode(), "'grün\\x1b'"),
-        (b"", "''"),
-        (b"\xff" * 10_000, "5904 bytes more"),
-    ],
-)
-def test_bytes_that_are_no_json_are_shown_and_do_not_reach_the_terminal(
-    value: bytes, words: str, tmp_path: Path
-) -> None:
-    config = configure(tmp_path)
-    log = open_log(load(config))
-    id = dead(log, value)
-    log.close()
-    show = ["--config", str(config), "log", "dlq", "show", id]
-    shown = CliRunner().invoke(cli, show).stdout
-    assert words in shown
-    assert "\x1b" not in shown
-    assert CliRunner().invoke(cli, [*show, "--raw"]).stdout_bytes == value
-
-
-def test_a_dead_letter_is_replayed_once_and_again_only_when_asked(config: Path, log: Log) -> None:
-    first, second = dead(log), dead(log, id="m2")
-
-    def count() -> int:
-        return sum(log.ends(FEEDBACK, partition)[1] for partition in range(log.partitions(FEEDBACK)))
-
-    (sent,) = json.loads(run(config, "log", "dlq", "replay", first[:8], first, "--json").stdout)
-    assert sent == {"id": first, "topic": FEEDBACK, "key": "r9", "sent": True}
-    assert count() == 3
-    done = run(config, "log", "dlq", "replay", "--all", FEEDBACK)
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["left", first], ["sent", second]]
-    assert count() == 4
-    assert "nothing" not in run(config, "log", "dlq", "replay", "--all", ROLLOUT).stdout
-    assert count() == 4
-    run(config, "log", "dlq", "replay", "--all", "--again")
-    assert count() == 6
-    assert run(config, "log", "dlq", "list").stdout.count("(replayed)") == 2
-
-
-def test_the_start_of_an_id_has_to_be_of_one_letter(tmp_path: Path) -> None:
-    config = configure(tmp_path)
-    log = open_log(load(config))
-    ids = [dead(log, id=f"m{i}") for i in range(20)]  # more than there are first digits
-    log.close()
-    first = next(id[0] for id in ids if sum(other[0] == id[0] for other in ids) > 1)
-    done = run(config, "log", "dlq", "show", first)
-    assert done.returncode == 2
-    assert "dead letters start with" in done.stderr
 
 
 # --- moving ------------------------------------------------------------------------------------------------------

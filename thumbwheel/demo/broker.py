@@ -52,7 +52,9 @@ class Broker:
 
     def format(self, cluster: str, *arguments: str) -> None:
         """Make its data directory, once."""
-        command = [str(self._home / "bin/kafka-storage.sh"), "format", "-t", cluster, "-c", str(self.properties)]
+        program = str(self._home / "bin/kafka-storage.sh")
+        # With `=`: an id may begin with a dash.
+        command = [program, "format", f"--cluster-id={cluster}", f"--config={self.properties}"]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ThumbwheelError(f"kafka-storage.sh failed: {done.stdout}{done.stderr}")

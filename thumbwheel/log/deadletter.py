@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from prometheus_client import Counter
 
 from thumbwheel.events import new_id
-from thumbwheel.log.port import Log, Message, Record
+from thumbwheel.log.port import Log, Message, Record, read_all
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,4 @@ def _letter(record: Record, headers: dict[str, str]) -> Letter:
 
 def _read(log: Log, topic: str) -> Iterator[Record]:
     for partition in range(log.partitions(topic)):
-        offset = 0
-        while batch := log.read(topic, offset, partition=partition):
-            yield from batch
-            offset = batch[-1].offset + 1
+        yield from read_all(log, topic, partition=partition)

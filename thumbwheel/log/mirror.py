@@ -6,10 +6,11 @@ A gateway that starts while the cluster is away serves what the rollout was when
 import logging
 
 from thumbwheel.errors import LogError
-from thumbwheel.events import ROLLOUT, decode
+from thumbwheel.events import ROLLOUT
 from thumbwheel.log import deadletter
 from thumbwheel.log.port import Consumer, Log, Record
 from thumbwheel.log.sqlite import SqliteLog
+from thumbwheel.reader import event_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Mirror:
         records, messages = self._taken, []
         for record in records:
             try:
-                decode(record.message.value)
+                event_of(record)
             except ValueError as error:
                 deadletter.send(self._log, record, self._group, error)
             else:

@@ -1,6 +1,6 @@
 """The port of the event log: append, read from an offset or a time, follow as a group, ends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,6 +99,14 @@ class Log(Protocol):
 
     def close(self) -> None:
         """Release files and connections."""
+
+
+def read_all(log: Log, topic: str, start: int = 0, partition: int = 0) -> Iterator[Record]:
+    """Every record of a partition from `start` to the end as it is now."""
+    offset = start
+    while batch := log.read(topic, offset, partition=partition):
+        yield from batch
+        offset = batch[-1].offset + 1
 
 
 def message_of(event: Event) -> Message:

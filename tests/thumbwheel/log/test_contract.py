@@ -11,7 +11,7 @@ from tests import kafka
 from thumbwheel.errors import LogError
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT
 from thumbwheel.log import Consumer, Log, Message, Record, open_log
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
 ACCENTS = "Ünïcødé 寿司 🍣"

@@ -20,7 +20,7 @@ from thumbwheel.log.copy import ALL, BATCH, copy, place, source
 from thumbwheel.log.deadletter import letters, send
 from thumbwheel.log.kafka.log import KafkaLog
 from thumbwheel.log.kafka.topics import make
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
 

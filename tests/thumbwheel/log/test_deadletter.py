@@ -12,7 +12,7 @@ from tests.thumbwheel.samples import put, vote
 from thumbwheel.events import FEEDBACK, ROLLOUT, decode
 from thumbwheel.log import Log, Message, Record, open_log
 from thumbwheel.log.deadletter import dlq, letters, replay, send
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
 POISON = Message(

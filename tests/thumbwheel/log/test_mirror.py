@@ -13,7 +13,7 @@ from thumbwheel.events import ROLLOUT, ReplicaReported
 from thumbwheel.log import Appended, Log, Message, SqliteLog, message_of, open_log
 from thumbwheel.log.deadletter import dlq, letters
 from thumbwheel.log.mirror import Mirror, whole
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 
 GROUP = "gateway.r1"
 

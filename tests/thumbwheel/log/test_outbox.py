@@ -12,8 +12,7 @@ from thumbwheel.errors import LogError
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT
 from thumbwheel.log.deadletter import dlq
 from thumbwheel.log.outbox import FORWARDER, HEADROOM, Outbox
-from thumbwheel.log.port import Message
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import Message, read_all
 
 LIMIT = 2_000_000
 Open = Callable[..., Outbox]

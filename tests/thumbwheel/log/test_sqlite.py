@@ -11,8 +11,8 @@ import pytest
 
 from thumbwheel.errors import LogError
 from thumbwheel.log import Message, SqliteLog
+from thumbwheel.log.port import read_all
 from thumbwheel.log.sqlite import MIGRATIONS
-from thumbwheel.reader import read_all
 
 TOPIC = "llm.feedback.submitted.v1"
 

@@ -172,18 +172,24 @@ class Connection:
         """The error of an operation that began at `start` (Unix seconds) in words, with the setting it is about."""
         given = f"{type(error).__name__}: {error}"
         said = [given, *_reasons.since(start)] if isinstance(error, _VAGUE) else [given]
-        words = self.settings.model_dump() | {"member": self.member, "error": error}
+        words = self.settings.model_dump() | {"member": self.member, "error": _short(error)}
         words["username"] = self.settings.username or "anonymous"
         for pattern, what, setting in _CAUSES:
             for match in filter(None, (re.search(pattern, line) for line in said)):
                 words["found"] = match[1] if match.re.groups else ""
                 return LogError(f"cannot {doing} Kafka ([log.kafka] {setting.format(**words)}): {what.format(**words)}")
-        return LogError(f'cannot {doing} Kafka ([log.kafka] bootstrap = "{self.settings.bootstrap}"): {error}')
+        return LogError(f'cannot {doing} Kafka ([log.kafka] bootstrap = "{self.settings.bootstrap}"): {_short(error)}')
 
     def admin(self) -> KafkaAdminClient:
         """A client that asks about and changes topics and groups. Raises LogError where the cluster does not answer."""
         with self.errors("reach"):
             return make(KafkaAdminClient, **self.options)
+
+
+def _short(error: BaseException) -> str:
+    """The library puts whole requests and answers into some of its errors."""
+    words = str(error)
+    return words if len(words) <= 300 else f"{words[:300]}…"
 
 
 def _tls(settings: Settings) -> ssl.SSLContext:

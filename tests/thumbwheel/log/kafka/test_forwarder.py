@@ -28,8 +28,7 @@ from thumbwheel.log.kafka.connection import MAX_BYTES, Connection
 from thumbwheel.log.kafka.forwarder import Forwarder, Housekeeping, run
 from thumbwheel.log.kafka.sender import Sender
 from thumbwheel.log.outbox import Outbox
-from thumbwheel.log.port import Log
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import Log, read_all
 from thumbwheel.settings import Settings
 
 pytestmark = pytest.mark.kafka

@@ -18,7 +18,7 @@ from thumbwheel.log.kafka import sender as module
 from thumbwheel.log.kafka.connection import Connection
 from thumbwheel.log.kafka.log import KafkaLog
 from thumbwheel.log.kafka.sender import Item, Sender, Undeliverable, _waves
-from thumbwheel.reader import read_all
+from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
 pytestmark = pytest.mark.kafka
