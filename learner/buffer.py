@@ -8,155 +8,66 @@ another one everything is read again, and ids say what is known. What has been *
 
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import orjson
 
 from learner.admission import HELD_OUT, Answer, admit
-from learner.join import State, Vote, join
-from thumbwheel.errors import LogError, ThumbwheelError
+from learner.database import among, connect, key, transaction
+from learner.examples import Pair, Thumb
+from learner.join import Vote, join
+from learner.pairing import Pairing
+from learner.tokens import Tokens
+from thumbwheel.errors import LogError
 from thumbwheel.events import FeedbackSubmitted, ResponseGenerated
 from thumbwheel.log import Record
-from thumbwheel.migrations import migrate
 from thumbwheel.reader import event_of
 
-MIGRATIONS = (
-    """
-    CREATE TABLE offsets (
-        topic TEXT NOT NULL, partition INTEGER NOT NULL, "offset" INTEGER NOT NULL, PRIMARY KEY (topic, partition)
-    ) WITHOUT ROWID;
-    CREATE TABLE responses (response_id TEXT PRIMARY KEY) WITHOUT ROWID;
-    CREATE TABLE answers (
-        response_id TEXT NOT NULL,
-        choice_index INTEGER NOT NULL,
-        prompt TEXT NOT NULL,
-        completion TEXT NOT NULL,
-        problem TEXT,
-        PRIMARY KEY (response_id, choice_index)
-    );
-    CREATE INDEX answers_by_problem ON answers (problem);
-    CREATE TABLE votes (
-        feedback_id TEXT PRIMARY KEY,
-        response_id TEXT NOT NULL,
-        choice_index INTEGER NOT NULL,
-        user TEXT NOT NULL,
-        up INTEGER,
-        time REAL NOT NULL,
-        state TEXT NOT NULL,
-        reason TEXT
-    );
-    CREATE INDEX votes_by_response ON votes (response_id);
-    CREATE INDEX votes_by_state ON votes (state, up, time);
-    CREATE TABLE unreadable (
-        topic TEXT NOT NULL,
-        partition INTEGER NOT NULL,
-        "offset" INTEGER NOT NULL,
-        reason TEXT NOT NULL,
-        PRIMARY KEY (topic, partition, "offset")
-    );
-    """,
-    """
-    DROP TABLE unreadable;
-    DROP TABLE offsets;
-    CREATE TABLE offsets (
-        log TEXT NOT NULL,
-        topic TEXT NOT NULL,
-        partition INTEGER NOT NULL,
-        "offset" INTEGER NOT NULL,
-        PRIMARY KEY (log, topic, partition)
-    ) WITHOUT ROWID;
-    UPDATE answers SET prompt = replace(prompt, ', ', ','), completion = replace(completion, ', ', ',');
-    CREATE TABLE held_out (number INTEGER PRIMARY KEY, prompt TEXT NOT NULL UNIQUE);
-    INSERT INTO held_out (prompt)
-        SELECT prompt FROM answers WHERE problem = 'its prompt is held out to measure KL'
-        GROUP BY prompt ORDER BY min(rowid);
-    DROP INDEX answers_by_problem;
-    DROP INDEX votes_by_state;
-    CREATE INDEX votes_by_state ON votes (state, up, time, feedback_id);
-    """,
-)
+_THUMB = """
+    SELECT feedback_id, prompt, completion, up, behaviour, version, user,
+        ifnull(nullif(votes.topic, ''), answers.topic), ended
+    FROM votes JOIN answers USING (response_id, choice_index)"""
 
-_TALLY = (
-    "CREATE TEMP TABLE tally (state TEXT, up INTEGER, n INTEGER, PRIMARY KEY (state, up)) WITHOUT ROWID",
-    *(f"INSERT INTO tally VALUES ('{state}', {up}, 0)" for state in get_args(State) for up in (-1, 0, 1)),
-    "UPDATE tally SET n = found.n FROM (SELECT state, ifnull(up, -1) AS up, count(*) AS n FROM votes GROUP BY 1, 2)"
-    " AS found WHERE tally.state = found.state AND tally.up = found.up",
-    "CREATE TEMP TRIGGER vote_came AFTER INSERT ON votes BEGIN"
-    " UPDATE tally SET n = n + 1 WHERE state = new.state AND up = ifnull(new.up, -1); END",
-    "CREATE TEMP TRIGGER vote_changed AFTER UPDATE OF state, up ON votes BEGIN"
-    " UPDATE tally SET n = n - 1 WHERE state = old.state AND up = ifnull(old.up, -1);"
-    " UPDATE tally SET n = n + 1 WHERE state = new.state AND up = ifnull(new.up, -1); END",
-)
-"""Votes by state and rating, counted once when the file is opened and kept from then on; -1 is a retraction."""
-
-_VARIABLES = 500
-"""Values in one `IN (…)`."""
+TOPIC = 200
+"""Characters of a topic that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a record says: a vote, or a response with its answers."""
+    """What a record says: a vote with the tokens of its correction, or a response with its answers."""
 
     event: FeedbackSubmitted | ResponseGenerated
     answers: Sequence[Answer] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A vote that is ready, with the answer that it is about."""
-
-    feedback_id: str
-    prompt: list[int]
-    completion: list[int]
-    up: bool
+    corrected: Sequence[int] = ()
 
 
 class Buffer:
     """One process writes it at a time."""
 
-    def __init__(self, path: Path, vocabulary: int, held_out: Callable[[list[int]], bool], log: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vocabulary: int,
+        held_out: Callable[[list[int]], bool],
+        log: str,
+        tokens: Tokens | None = None,
+    ) -> None:
         """Open or make the file. `held_out` says which prompts are kept for measuring, `log` is the log's identity.
 
+        Without `tokens`, recorded texts are not compared with what their tokens say, and corrections make no pairs.
         Raises ThumbwheelError.
         """
         self._path = path
         self._vocabulary = vocabulary
         self._held_out = held_out
         self._log = log
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA temp_store=MEMORY")
-            migrate(self._db, MIGRATIONS)
-            for statement in _TALLY:
-                self._db.execute(statement)
-        except (OSError, sqlite3.Error) as error:
-            raise ThumbwheelError(f"cannot open the learner's buffer {path}: {error}") from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    def _among(self, query: str, ids: Iterable[str]) -> list[Any]:
-        """All rows of a query with `IN ({})` in it."""
-        some, rows = sorted(ids), []
-        for start in range(0, len(some), _VARIABLES):
-            part = some[start : start + _VARIABLES]
-            rows += self._db.execute(query.format(",".join("?" * len(part))), part).fetchall()
-        return rows
+        self._tokens = tokens
+        self._db = connect(path)
+        self._pairing = Pairing(self._db)
 
     @property
     def blank(self) -> bool:
@@ -175,7 +86,8 @@ class Buffer:
         """Read a record; nothing is stored yet. Raises ValueError, or what its content provokes, where it cannot be."""
         event = event_of(record)
         if isinstance(event, ResponseGenerated):
-            answers = admit(event, self._vocabulary, self._held_out)
+            decode = self._tokens.decode if self._tokens is not None else None
+            answers = admit(event, self._vocabulary, self._held_out, decode)
             for answer in answers:
                 _check_index(answer.choice_index)
             return Entry(event, answers)
@@ -183,8 +95,14 @@ class Buffer:
             _check_index(event.choice_index)
             if not math.isfinite(event.time):
                 raise ValueError(f"the vote {event.id} was cast at {event.time}, which is no time")
-            return Entry(event)
+            return Entry(event, corrected=self._correct(event))
         raise ValueError(f"{event.type} is nothing to learn from")
+
+    def _correct(self, vote: FeedbackSubmitted) -> list[int]:
+        """The tokens of a vote's correction; empty where it has none that can be learned from."""
+        text = (vote.correction or "").strip()
+        ids = self._tokens.encode_turn(text) if text and self._tokens is not None else []
+        return ids if all(0 <= id < self._vocabulary for id in ids) else []
 
     def consume(self, entries: Sequence[Entry], last: Record) -> None:
         """Take in what records of one partition say, in order, and that they were read up to `last`, all or nothing.
@@ -192,42 +110,40 @@ class Buffer:
         What was there stays. Raises LogError where the file cannot be written now; then try again.
         """
         try:
-            with self._transaction():
-                self._store([entry for entry in entries if isinstance(entry.event, ResponseGenerated)])
-                self._cast([entry.event for entry in entries if isinstance(entry.event, FeedbackSubmitted)])
+            with transaction(self._db):
+                self._store([(e.event, e.answers) for e in entries if isinstance(e.event, ResponseGenerated)])
+                self._cast([(e.event, e.corrected) for e in entries if isinstance(e.event, FeedbackSubmitted)])
                 self._db.execute(
                     'INSERT INTO offsets VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "offset" = excluded."offset"',
                     (self._log, last.topic, last.partition, last.offset + 1),
                 )
-                self._join({entry.event.response_id for entry in entries})
+                arrived = {entry.event.response_id for entry in entries if entry.answers}
+                self._join({entry.event.response_id for entry in entries} | self._that_prefer_to(arrived))
         except sqlite3.OperationalError as error:
             raise LogError(f"cannot write the learner's buffer {self._path}: {error}") from error
 
-    def _store(self, responses: Sequence[Entry]) -> None:
+    def _store(self, responses: Sequence[tuple[ResponseGenerated, Sequence[Answer]]]) -> None:
         """Token ids are kept where they can be used: of what may be learned from, and prompts to measure on."""
         self._db.executemany(
-            "INSERT OR IGNORE INTO responses VALUES (?)", [(entry.event.response_id,) for entry in responses]
+            "INSERT OR IGNORE INTO responses VALUES (?)", [(response.response_id,) for response, _ in responses]
         )
-        answers = [(entry.event.response_id, answer) for entry in responses for answer in entry.answers]
         self._db.executemany(
-            "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
-            [
-                (id, a.choice_index, _text(a.prompt), _text(a.completion), None)
-                if a.problem is None
-                else (id, a.choice_index, "[]", "[]", a.problem)
-                for id, a in answers
-            ],
+            "INSERT OR IGNORE INTO answers (response_id, choice_index, prompt, completion, problem, behaviour, version,"
+            " ended, topic, prompt_key, completion_key, text_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [_row(response, answer) for response, answers in responses for answer in answers],
         )
         self._db.executemany(
             "INSERT OR IGNORE INTO held_out (prompt) VALUES (?)",
-            [(_text(answer.prompt),) for _, answer in answers if answer.problem == HELD_OUT],
+            [(_text(a.prompt),) for _, answers in responses for a in answers if a.problem == HELD_OUT],
         )
 
-    def _cast(self, votes: Sequence[FeedbackSubmitted]) -> None:
+    def _cast(self, votes: Sequence[tuple[FeedbackSubmitted, Sequence[int]]]) -> None:
         self._db.executemany(
-            "INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, 'waiting', NULL) ON CONFLICT DO UPDATE SET"
+            "INSERT INTO votes (feedback_id, response_id, choice_index, user, up, time, state, topic, correction,"
+            " corrected, preferred_over) VALUES (?, ?, ?, ?, ?, ?, 'waiting', ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
             " response_id = excluded.response_id, choice_index = excluded.choice_index, user = excluded.user,"
-            " up = excluded.up, time = excluded.time WHERE response_id = ''",
+            " up = excluded.up, time = excluded.time, topic = excluded.topic, correction = excluded.correction,"
+            " corrected = excluded.corrected, preferred_over = excluded.preferred_over WHERE response_id = ''",
             [
                 (
                     vote.id,
@@ -236,21 +152,28 @@ class Buffer:
                     vote.user,
                     None if vote.retracted or vote.rating is None else vote.rating == "up",
                     vote.time,
+                    _topic(vote.metadata),
+                    vote.correction,
+                    _text(corrected) if corrected else None,
+                    vote.preferred_over,
                 )
-                for vote in votes
+                for vote, corrected in votes
             ],
         )
 
     def _join(self, touched: Iterable[str]) -> None:
         """Work out again how the votes on these responses stand."""
-        rows = self._among(
+        rows = among(
+            self._db,
             "SELECT feedback_id, response_id, choice_index, user, up, time, state, reason FROM votes"
             " WHERE response_id IN ({})",
             touched,
         )
         voted = {row[1] for row in rows}
-        arrived = self._among("SELECT response_id FROM responses WHERE response_id IN ({})", voted)
-        answers = self._among("SELECT response_id, choice_index, problem FROM answers WHERE response_id IN ({})", voted)
+        arrived = among(self._db, "SELECT response_id FROM responses WHERE response_id IN ({})", voted)
+        answers = among(
+            self._db, "SELECT response_id, choice_index, problem FROM answers WHERE response_id IN ({})", voted
+        )
         standings = join(
             [
                 Vote(id, response_id, index, user, None if up is None else bool(up), time, state == "learned")
@@ -268,15 +191,17 @@ class Buffer:
                 if before[id] != (standing.state, standing.reason)
             ],
         )
+        self._pairing.update(voted)
 
     def learned(self, feedback_ids: Sequence[str], where: str) -> None:
         """These have been learned from, and `where` it went: a version, say.
 
         Ids that are not here yet are kept, for when the log is read again.
         """
-        with self._transaction():
+        with transaction(self._db):
             self._db.executemany(
-                "INSERT INTO votes VALUES (?1, '', 0, '', NULL, 0, 'learned', ?2)"
+                "INSERT INTO votes (feedback_id, response_id, choice_index, user, up, time, state, reason)"
+                " VALUES (?1, '', 0, '', NULL, 0, 'learned', ?2)"
                 " ON CONFLICT DO UPDATE SET state = 'learned', reason = ?2",
                 [(id, where) for id in feedback_ids],
             )
@@ -284,7 +209,7 @@ class Buffer:
 
     def give_back(self, feedback_ids: Sequence[str]) -> None:
         """What was learned from these is gone: weights that nobody saw were thrown away. They may be learned again."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.executemany(
                 "UPDATE votes SET state = 'waiting', reason = NULL WHERE feedback_id = ?",
                 [(id,) for id in feedback_ids],
@@ -293,29 +218,56 @@ class Buffer:
 
     def set_aside(self, feedback_id: str, reason: str) -> None:
         """The answer of this vote must not be learned from, for a reason that shows only when one tries."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.execute(
                 "UPDATE answers SET problem = ? WHERE (response_id, choice_index) ="
                 " (SELECT response_id, choice_index FROM votes WHERE feedback_id = ?)",
                 (reason, feedback_id),
             )
-            self._join(self._responses_of([feedback_id]))
+            responses = self._responses_of([feedback_id])
+            self._join(responses | self._that_prefer_to(responses))
 
     def _responses_of(self, feedback_ids: Sequence[str]) -> set[str]:
         """What these votes are about, of those that have been read."""
-        rows = self._among("SELECT response_id FROM votes WHERE feedback_id IN ({}) AND response_id > ''", feedback_ids)
+        rows = among(
+            self._db, "SELECT response_id FROM votes WHERE feedback_id IN ({}) AND response_id > ''", feedback_ids
+        )
         return {response_id for (response_id,) in rows}
 
-    def ready(self, up: bool, before: float, limit: int) -> list[Example]:
+    def _that_prefer_to(self, responses: Iterable[str]) -> set[str]:
+        """Responses with a vote that prefers them to one of these."""
+        rows = among(
+            self._db, "SELECT response_id FROM votes WHERE preferred_over IN ({}) AND response_id > ''", responses
+        )
+        return {response_id for (response_id,) in rows}
+
+    def ready(self, up: bool, before: float, limit: int) -> list[Thumb]:
         """Votes of one class that may be learned from and were cast before a time, oldest first."""
         rows = self._db.execute(
-            "SELECT feedback_id, prompt, completion, up FROM votes JOIN answers USING (response_id, choice_index)"
-            " WHERE state = 'ready' AND up = ? AND time <= ? ORDER BY time, feedback_id LIMIT ?",
+            f"{_THUMB} WHERE state = 'ready' AND up = ? AND time <= ? ORDER BY time, feedback_id LIMIT ?",
             (up, before, limit),
         )
-        return [
-            Example(id, orjson.loads(prompt), orjson.loads(completion), bool(up)) for id, prompt, completion, up in rows
-        ]
+        return [_thumb(row) for row in rows]
+
+    def newest(self, before: float, limit: int) -> list[Thumb]:
+        """The votes that stand, learned or not, and were cast before a time, newest first. Reading spends none."""
+        rows = self._db.execute(
+            f"{_THUMB} WHERE source IS NOT NULL AND time <= ? ORDER BY time DESC, feedback_id DESC LIMIT ?",
+            (before, limit),
+        )
+        return [_thumb(row) for row in rows]
+
+    def pairs(self, before: float, limit: int) -> list[Pair]:
+        """Pairs of votes that are ready and were cast before a time, oldest first by their later vote."""
+        return self._pairing.ready(before, limit)
+
+    def count_pairs(self, before: float) -> int:
+        """How many `pairs` would give."""
+        return self._pairing.count(before)
+
+    def newest_pairs(self, before: float, limit: int) -> list[Pair]:
+        """Pairs of votes that stand, learned or not, and were cast before a time, newest first. Reading spends none."""
+        return self._pairing.newest(before, limit)
 
     def count_ready(self, before: float) -> tuple[int, int]:
         """Ups and downs that `ready` would give."""
@@ -351,7 +303,32 @@ class Buffer:
         self._db.close()
 
 
-def _text(ids: list[int]) -> str:
+def _row(response: ResponseGenerated, answer: Answer) -> tuple[Any, ...]:
+    """Of the table of answers."""
+    place = (response.response_id, answer.choice_index)
+    if answer.problem is not None:
+        return (*place, "[]", "[]", answer.problem, b"", response.version, answer.ended, "", None, None, None)
+    prompt, completion = _text(answer.prompt), _text(answer.completion)
+    behaviour = array("f", answer.behaviour).tobytes()
+    topic = _topic(response.request.get("metadata"))
+    about = (behaviour, response.version, answer.ended, topic)
+    return (*place, prompt, completion, None, *about, key(prompt), key(completion), key(answer.text))
+
+
+def _thumb(row: Sequence[Any]) -> Thumb:
+    id, prompt, completion, up, behaviour, version, user, topic, ended = row
+    logprobs = array("f", behaviour).tolist()
+    return Thumb(
+        id, orjson.loads(prompt), orjson.loads(completion), bool(up), logprobs, version, user, topic, bool(ended)
+    )
+
+
+def _topic(metadata: Any) -> str:
+    topic = metadata.get("topic") if isinstance(metadata, dict) else None
+    return topic[:TOPIC] if isinstance(topic, str) else ""
+
+
+def _text(ids: Sequence[int]) -> str:
     return orjson.dumps(ids).decode()
 
 

@@ -3,9 +3,12 @@
 Rules: the last vote of a user on an answer (a response's choice) wins, by its time and then its id; a retraction takes
 it back; several users on one answer each have a vote; a vote that was learned from stands, whatever its user says
 later.
+
+Two votes that stand may say together which of two answers is better: `match`.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -78,3 +81,34 @@ def _stand(vote: Vote, last: bool, learned: bool, arrived: bool, problem: str | 
     if problem is not None:
         return because(problem)
     return Standing(vote.feedback_id, "ready")
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """A vote that stands, with keys of its prompt and of its answer: the same tokens, the same key."""
+
+    feedback_id: str
+    up: bool
+    time: float
+    prompt: bytes
+    answer: bytes
+
+
+def match(ballots: Iterable[Ballot]) -> Iterator[tuple[Ballot, Ballot]]:
+    """Ups with downs on other answers to the same prompt, (up, down), each ballot once.
+
+    In the order given, each is matched with the first that waits for one like it, or waits: in the order of time the
+    oldest with the oldest, and what comes later changes nothing before it.
+    """
+    waiting: defaultdict[tuple[bytes, bool], list[Ballot]] = defaultdict(list)
+    alike: Counter[tuple[bytes, bool, bytes]] = Counter()  # of those that wait, how many are on one answer
+    for ballot in ballots:
+        others = waiting[ballot.prompt, not ballot.up]
+        if len(others) == alike[ballot.prompt, not ballot.up, ballot.answer]:
+            waiting[ballot.prompt, ballot.up].append(ballot)
+            alike[ballot.prompt, ballot.up, ballot.answer] += 1
+            continue
+        other = next(other for other in others if other.answer != ballot.answer)
+        others.remove(other)
+        alike[other.prompt, other.up, other.answer] -= 1
+        yield (ballot, other) if ballot.up else (other, ballot)

@@ -1,6 +1,6 @@
 """A tiny random Llama, and what a gateway and its users would have put on the log."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from learner.policy import Policy
+from learner.tokens import Tokens
 from thumbwheel.events import Choice, FeedbackSubmitted, ResponseGenerated, Sampling, Timings
 from thumbwheel.settings import EngineSettings, LearnerSettings, Settings
 
@@ -84,6 +85,19 @@ def exact(settings: Settings) -> Policy:
         parameter.data = parameter.data.double()
     move(policy, 0.3)
     return policy
+
+
+class Letters(Tokens):
+    """A tokenizer for that model: 2 is a, 3 is b, and so on; 1 ends a turn. What is no letter is a token too many."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("none"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(ord("a") + id - 2) for id in ids if id > 1)
+
+    def encode_turn(self, text: str) -> list[int]:
+        return [*(ord(letter) - ord("a") + 2 for letter in text), 1]
 
 
 Respond = Callable[..., ResponseGenerated]

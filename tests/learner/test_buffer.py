@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from learner.buffer import MIGRATIONS, Buffer
-from tests.learner.conftest import VOCABULARY, respond, vote
+from learner.buffer import TOPIC, Buffer
+from learner.database import MIGRATIONS
+from tests.learner.conftest import VOCABULARY, Letters, respond, vote
 from thumbwheel.errors import LogError, ThumbwheelError
-from thumbwheel.events import FEEDBACK, RESPONSES, Event
+from thumbwheel.events import FEEDBACK, RESPONSES, Choice, Event
 from thumbwheel.log import Record, message_of
 from thumbwheel.migrations import migrate
 
@@ -32,6 +33,10 @@ def consume(buffer: Buffer, records: list[Record]) -> None:
 
 def made(path: Path, log: str = "a") -> Buffer:
     return Buffer(path, VOCABULARY, lambda prompt: prompt == [9], log)
+
+
+def said(ids: list[int], index: int = 0, reason: str = "stop") -> list[Choice]:
+    return [Choice(index=index, finish_reason=reason, token_ids=ids, logprobs=[-0.1 * id for id in ids])]
 
 
 @pytest.fixture
@@ -222,25 +227,47 @@ def test_the_counts_that_are_kept_are_those_that_a_count_gives(tmp_path: Path, b
     again.close()
 
 
-@pytest.mark.parametrize("call", ["consume", "ready", "counts", "count_ready", "held_out_prompts", "count_held_out"])
+CALLS = {
+    "ready": (True, 1.0, 9),
+    "newest": (1.0, 9),
+    "pairs": (1.0, 9),
+    "count_pairs": (1.0,),
+    "newest_pairs": (1.0, 9),
+    "counts": (),
+    "count_ready": (1.0,),
+    "held_out_prompts": (9,),
+    "count_held_out": (),
+}
+
+
+@pytest.mark.parametrize("call", ["consume and the like", *CALLS])
 def test_no_question_that_a_poll_asks_reads_a_whole_table(buffer: Buffer, call: str) -> None:
     """What grows with the log is looked up by an index; the plans say so."""
+    consume(buffer, records(respond("a"), respond("b", choices=said([6, 1])), respond("c", choices=said([7, 1]))))
+    consume(buffer, records(vote("f1", "a", time=0.0), vote("f2", "b", "down", time=0.0)))
     asked: list[str] = []
     buffer._db.set_trace_callback(asked.append)
-    if call == "consume":
-        consume(buffer, records(respond("a"), respond("b", [9])))
-        consume(buffer, records(vote("f1", "a"), vote("f2", "b")))
+    if call not in CALLS:
+        consume(buffer, records(respond("d", [9])))
+        consume(buffer, records(vote("f3", "d"), vote("f4", "c", "down", preferred_over="a")))
+        buffer.learned(["f1"], "v1")
+        buffer.give_back(["f1"])
+        buffer.set_aside("f1", "no number")
     else:
-        getattr(buffer, call)(*{"ready": (True, 1.0, 9), "count_ready": (1.0,), "held_out_prompts": (9,)}.get(call, ()))
+        getattr(buffer, call)(*CALLS[call])
     buffer._db.set_trace_callback(None)
     plans = [
         step[3]
-        for statement in asked
-        if statement.startswith(("SELECT", "UPDATE", "INSERT"))
+        for statement in map(str.strip, asked)
+        if statement.startswith(("SELECT", "UPDATE", "INSERT", "DELETE"))
         for step in buffer._db.execute(f"EXPLAIN QUERY PLAN {statement}")
     ]
     assert plans or call == "count_held_out"
-    scans = [plan for plan in plans if plan.startswith("SCAN") and plan not in ("SCAN tally", "SCAN held_out")]
+    scans = [
+        plan
+        for plan in plans
+        if plan.startswith("SCAN") and plan not in ("SCAN tally", "SCAN held_out", "SCAN pair_tally")
+    ]
     assert scans == []
     assert not any("TEMP B-TREE" in plan for plan in plans if "tally" not in plan)
 
@@ -267,4 +294,132 @@ def test_a_buffer_of_the_release_before_is_brought_up_and_keeps_what_was_learned
     consume(buffer, records(vote("f1", "a"), vote("f2", "a", user="u2")))
     assert [(e.feedback_id, e.prompt, e.completion) for e in buffer.ready(True, 1e9, 9)] == [("f2", [2, 3], [4, 5, 1])]
     assert buffer.counts() == {"learned": 1, "ready": 1, "set_aside": 0, "waiting": 0}
+    buffer.close()
+
+
+def test_a_buffer_of_the_second_layout_is_brought_up_and_its_votes_make_pairs(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "b.sqlite", isolation_level=None)
+    migrate(old, MIGRATIONS[:2])
+    old.execute("INSERT INTO offsets VALUES ('a', ?, 0, 5)", (FEEDBACK,))
+    old.executemany("INSERT INTO responses VALUES (?)", [("a",), ("b",), ("c",), ("d",)])
+    old.executemany(
+        "INSERT INTO answers VALUES (?, 0, '[2,3]', ?, ?)",
+        [("a", "[4,5,1]", None), ("b", "[6,1]", None), ("c", "[7,1]", None), ("d", "[]", "the completion is empty")],
+    )
+    old.executemany(
+        "INSERT INTO votes VALUES (?, ?, 0, ?, ?, ?, ?, NULL)",
+        [
+            ("f1", "a", "u1", 1, 1.0, "learned"),
+            ("f2", "a", "u2", 1, 2.0, "ready"),
+            ("f3", "b", "u1", 0, 3.0, "ready"),
+            ("f4", "d", "u1", 0, 4.0, "set_aside"),
+            ("f5", "", "", None, 0.0, "learned"),
+        ],
+    )
+    old.close()
+    buffer = made(tmp_path / "b.sqlite")
+    assert buffer.offsets() == {(FEEDBACK, 0): 5}
+    (thumb,) = buffer.ready(True, 1e9, 9)
+    assert (thumb.feedback_id, thumb.completion, thumb.behaviour, thumb.version) == ("f2", [4, 5, 1], [], "")
+    assert [pair.feedback_ids for pair in buffer.pairs(1e9, 9)] == [("f2", "f3")]
+    assert [thumb.feedback_id for thumb in buffer.newest(1e9, 9)] == ["f3", "f2", "f1"]
+    consume(buffer, records(vote("f5", "c", time=5.0), vote("f6", "c", "down", user="u2", time=6.0), start=5))
+    assert buffer.counts() == {"learned": 2, "ready": 3, "set_aside": 1, "waiting": 0}
+    assert [thumb.feedback_id for thumb in buffer.newest(1e9, 9)] == ["f6", "f5", "f3", "f2", "f1"]
+    buffer.learned(["f2", "f3"], "v2")
+    assert buffer.count_pairs(1e9) == 0
+    buffer.close()
+
+
+def test_killed_between_the_migration_and_the_matching_it_matches_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = sqlite3.connect(tmp_path / "b.sqlite", isolation_level=None)
+    migrate(old, MIGRATIONS[:2])
+    old.executemany(
+        "INSERT INTO answers VALUES (?, 0, '[2,3]', ?, NULL)",
+        [("a", "[4,1]"), ("b", "[5,1]")],
+    )
+    old.executemany("INSERT INTO votes VALUES (?, ?, 0, 'u', ?, 1.0, 'ready', NULL)", [("f1", "a", 1), ("f2", "b", 0)])
+    old.close()
+
+    def dies(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("learner.pairing.Pairing._match", dies)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "b.sqlite")
+    monkeypatch.undo()
+    for _ in range(2):
+        buffer = made(tmp_path / "b.sqlite")
+        assert [pair.feedback_ids for pair in buffer.pairs(1e9, 9)] == [("f1", "f2")]
+        buffer.close()
+
+
+def test_a_thumb_brings_what_was_recorded_of_its_answer(buffer: Buffer) -> None:
+    cut = respond("b", choices=said([4, 5], reason="length"), version="v3")
+    consume(buffer, records(respond("a"), cut))
+    consume(buffer, records(vote("f1", "a", user="me"), vote("f2", "b", time=101.0)))
+    first, second = buffer.ready(True, 1e9, 9)
+    assert (first.behaviour, first.version, first.user, first.ended) == ([-1.0, -2.0, -0.5], "base", "me", True)
+    assert second.behaviour == pytest.approx([-0.4, -0.5])
+    assert (second.version, second.ended) == ("v3", False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "voted", "topic"),
+    [
+        ({}, {}, ""),
+        ({"metadata": {"topic": "taxes"}}, {}, "taxes"),
+        ({"metadata": {"topic": "taxes"}}, {"topic": "tone"}, "tone"),
+        ({"metadata": {"topic": "taxes"}}, {"topic": 7}, "taxes"),
+        ({"metadata": {"topic": ["taxes"]}}, {}, ""),
+        ({"metadata": "topic"}, {"topic": "x" * 999}, "x" * TOPIC),
+        ({"metadata": {"topic": "y" * 999}}, {}, "y" * TOPIC),
+        ({"metadata": None}, {"topic": None}, ""),
+    ],
+)
+def test_the_topic_is_the_vote_s_else_the_request_s(
+    buffer: Buffer, asked: dict[str, object], voted: dict[str, object], topic: str
+) -> None:
+    consume(buffer, records(vote("f1", "a", metadata=voted)))
+    consume(buffer, records(respond("a", request=asked)))
+    assert [thumb.topic for thumb in buffer.ready(True, 1e9, 9)] == [topic]
+
+
+def test_the_newest_are_those_that_stand_and_reading_them_spends_none(buffer: Buffer) -> None:
+    buffer.learned(["f0", "f9"], "v1")  # before the log is read
+    consume(buffer, records(*(respond(name) for name in "abcd"), respond("e", outcome="timeout")))
+    assert buffer.newest(1e9, 9) == []
+    consume(
+        buffer,
+        records(
+            vote("f0", "a", time=1.0),
+            vote("f1", "b", "down", time=2.0),
+            vote("f2", "c", time=3.0),
+            vote("f3", "c", None, retracted=True, time=4.0),
+            vote("f4", "d", time=5.0),
+            vote("f5", "e", time=6.0),
+            vote("f6", "z", time=7.0),
+        ),
+    )
+    buffer.learned(["f1"], "v2")
+    for _ in range(2):
+        assert [(t.feedback_id, t.up) for t in buffer.newest(1e9, 9)] == [("f4", True), ("f1", False), ("f0", True)]
+    assert [thumb.feedback_id for thumb in buffer.newest(4.0, 1)] == ["f1"]
+    assert buffer.count_ready(1e9) == (1, 0)
+    buffer.set_aside("f1", "no number")
+    assert [thumb.feedback_id for thumb in buffer.newest(1e9, 9)] == ["f4", "f0"]
+
+
+def test_an_answer_whose_tokens_say_something_else_is_set_aside_and_its_vote_says_why(tmp_path: Path) -> None:
+    def answer(text: str) -> list[Choice]:
+        return [said([4, 5, 1])[0].model_copy(update={"text": text, "logprobs": [-1.0] * 3})]
+
+    buffer = Buffer(tmp_path / "b.sqlite", VOCABULARY, lambda prompt: False, "a", Letters())
+    consume(buffer, records(respond("a", choices=answer("cd")), respond("b", choices=answer("xy"))))
+    consume(buffer, records(vote("f1", "a"), vote("f2", "b")))
+    assert buffer.reason("f1") == ("ready", None)
+    why = "the tokenizer has changed: the tokens say 'cd', and 'xy' was recorded"
+    assert buffer.reason("f2") == ("set_aside", why)
     buffer.close()

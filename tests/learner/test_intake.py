@@ -27,7 +27,7 @@ from thumbwheel.log.deadletter import dlq, letters
 from thumbwheel.log.kafka.log import KafkaLog
 
 Made = Callable[[str], Buffer]
-TABLES = ("votes", "responses", "answers", "held_out")
+TABLES = ("votes", "responses", "answers", "held_out", "pairs")
 
 
 @pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -211,6 +211,23 @@ def test_a_kill_between_persist_and_commit_loses_nothing_and_counts_nothing_twic
     take_in(log, buffer)
     assert buffer.counts()["ready"] == 120
     assert committed(log, FEEDBACK) == 120
+
+
+def test_a_kill_between_persist_and_commit_brings_no_pair_again_that_was_learned(log: Log, made: Made) -> None:
+    for i in range(4):
+        choice = respond("x").choices[0].model_copy(update={"token_ids": [4 + i, 5, 1]})
+        append(log, respond(f"r{i}", choices=[choice]), vote(f"f{i}", f"r{i}", "up" if i % 2 else "down"))
+    dying = made(log.identity)
+    take_in(Deaf(log), dying)
+    (pair, _) = dying.pairs(1e9, 9)
+    dying.learned(pair.feedback_ids, "v1")
+    before = contents(dying)
+    dying._db.execute("DELETE FROM offsets")  # all of it comes again
+    buffer = made(log.identity)
+    take_in(log, buffer)
+    assert contents(buffer) == before
+    assert buffer.count_pairs(1e9) == 1
+    assert not set(pair.feedback_ids) & set(buffer.pairs(1e9, 9)[0].feedback_ids)
 
 
 def test_a_kill_between_the_dead_letter_and_the_rest_loses_nothing(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.join import Vote, join
+from learner.join import Ballot, Vote, join, match
 
 votes_strategy = st.lists(
     st.builds(
@@ -64,3 +64,43 @@ def test_several_users_each_have_a_vote() -> None:
 def test_a_vote_on_a_choice_that_is_not_there_says_so() -> None:
     standing = join([Vote("f", "a", 7, "u", True, 1.0)], {("a", 0): None}, {"a"})["f"]
     assert (standing.state, standing.reason) == ("set_aside", "the response has no choice 7")
+
+
+def ballots(*cast: tuple[bool, str]) -> list[Ballot]:
+    """On one prompt, in the order of time, each with its answer."""
+    return [Ballot(str(i), up, float(i), b"p", answer.encode()) for i, (up, answer) in enumerate(cast)]
+
+
+def ids(ballots: list[Ballot]) -> list[tuple[str, str]]:
+    return [(up.feedback_id, down.feedback_id) for up, down in match(ballots)]
+
+
+def test_the_oldest_is_matched_with_the_oldest() -> None:
+    assert ids(ballots((True, "a"), (False, "b"), (True, "c"), (True, "d"), (False, "e"))) == [("0", "1"), ("2", "4")]
+
+
+def test_no_answer_is_better_than_itself() -> None:
+    assert ids(ballots((True, "a"), (False, "a"), (True, "a"))) == []
+    assert ids(ballots((True, "a"), (False, "a"), (False, "b"), (True, "b"))) == [("0", "2"), ("3", "1")]
+
+
+def test_votes_on_different_prompts_are_not_matched() -> None:
+    up, down = ballots((True, "a"), (False, "b"))
+    assert ids([up, Ballot("1", False, 1.0, b"q", b"b")]) == []
+    assert ids([up, down]) == [("0", "1")]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=14), st.integers(0, 14))
+def test_what_comes_later_changes_no_match_and_nothing_that_could_be_matched_is_left(
+    cast: list[tuple[bool, str]], cut: int
+) -> None:
+    whole, beginning = ids(ballots(*cast)), ids(ballots(*cast[:cut]))
+    assert whole[: len(beginning)] == beginning
+    used = [id for pair in whole for id in pair]
+    assert len(used) == len(set(used))
+    for up, down in whole:
+        assert cast[int(up)][0]
+        assert not cast[int(down)][0]
+        assert cast[int(up)][1] != cast[int(down)][1]
+    rest = [cast[i] for i in range(len(cast)) if str(i) not in used]
+    assert not any(a[0] != b[0] and a[1] != b[1] for a in rest for b in rest)
