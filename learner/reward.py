@@ -3,7 +3,7 @@
     pairs    −log σ(s_w − s_l) + c (s_w + s_l)²           Ouyang et al., arXiv 2203.02155, equation 1; the second term,
                                                           c = 0.01, from Eisenstein et al., arXiv 2312.09244, equation 2
     thumbs   −log σ(±(s + u + t + l))                     + for an up, − for a down
-    ridge    ½ κ (Σ u² + Σ t² + b²)                       once a batch
+    ridge    ½ κ (Σ u² + Σ t² + b²)                       once in all votes
 
 Of a thumb's logit only s is the reward. The rest is what a thumb says about other things than the answer: u, how lavish
 this user is with ups; t, how the topic is received, whatever the answer; l = b log(tokens / 100), the taste for long
@@ -13,7 +13,8 @@ many that are all alike are explained away by it. A user or topic never seen has
 Scores have no zero and no unit of their own: rewards are scores less the mean, over the spread, of the reference's
 answers, clipped to ±5 (`calibrate`). All are in logits (nats of odds) before, in spreads after.
 
-The batch's loss is (Σ losses of rows + ridge) / rows, rows being pairs and thumbs.
+The loss of all votes is Σ losses of rows + ridge, rows being pairs and thumbs; that of a batch, given the effects, the
+mean loss of its rows. How common ups are is an intercept beside the effects.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from torch.nn import functional
 
 CENTRE = 0.01
 """How hard the mean score of a pair is drawn to zero."""
+
+LEAST_SPREAD = 1e-3
+"""Of the reference's scores, in logits: what is below is rounding."""
 
 CLIP = 5.0
 """The largest reward, in spreads of the reference's scores."""
@@ -62,7 +66,7 @@ class Effects(torch.nn.Module):
         return known + self.length * torch.log(tokens / TYPICAL_TOKENS)
 
     def ridge(self, strength: float) -> Tensor:
-        """½ κ times the sum of squares: add it once a batch, divided by the number of rows like all else."""
+        """½ κ times the sum of squares: once beside the summed losses of all thumbs."""
         return 0.5 * strength * (self.users.square().sum() + self.topics.square().sum() + self.length.square())
 
 
@@ -114,7 +118,7 @@ class Calibration:
 def calibrate(scores: Tensor) -> Calibration:
     """From scores of answers sampled from the reference. Raises ValueError where they do not spread."""
     spread = scores.std(correction=0).item() if len(scores) else 0.0
-    if not 0 < spread < float("inf"):
+    if not LEAST_SPREAD < spread < float("inf"):
         raise ValueError(
             f"the reward model gives {len(scores)} answers of the reference scores with spread {spread}: "
             "it tells no answer from another, and nothing can be learned from it"
