@@ -20,11 +20,19 @@ Weights λ are those of `kto.class_weights`. Unlike in KTO, a row on the wrong s
 right side does when it is settled.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from learner.algorithm import Algorithm, Figures, Models, figures, thumbs_of
+from learner.batch import Batch, Plan
+from learner.examples import Examples
+from learner.kto import MovingAverage, thumb_plan
+from thumbwheel.settings import LearnerSettings
 
 SETTLED = 0.1
 """A row is settled when its gradient has fallen below this share of the largest."""
@@ -74,3 +82,34 @@ def diagnose(policy: Tensor, reference: Tensor, ups: Tensor, weights: Tensor, be
         settled=(torch.sigmoid(-right) < SETTLED).float().mean().item(),
         delta=delta,
     )
+
+
+class BCO(Algorithm):
+    """δ of an update comes from the updates before it."""
+
+    def __init__(self, settings: LearnerSettings, width: int) -> None:
+        super().__init__(settings, width)
+        self._delta = MovingAverage()
+
+    def plan(self, examples: Examples, models: Models) -> Plan:
+        plan = thumb_plan(thumbs_of(examples), models, self.settings)
+        return replace(plan, numbers={"delta": self._delta.value})
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        policy, reference, delta = batch.policy.sum(-1), batch["reference"].sum(-1), batch.numbers["delta"]
+        each = losses(policy, reference, batch["ups"], batch["weights"], self.settings.beta, delta)
+        seen = diagnose(policy.detach(), reference, batch["ups"], batch["weights"], self.settings.beta, delta)
+        return each.sum() / batch.size, figures(seen)
+
+    def after(self, whole: Batch) -> None:
+        seen = midpoint(
+            whole.policy.sum(-1), whole["reference"].sum(-1), whole["ups"], whole["weights"], self.settings.beta
+        )
+        if seen is not None:
+            self._delta = self._delta.update(seen)
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self._delta)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._delta = MovingAverage(**state)

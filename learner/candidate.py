@@ -59,7 +59,10 @@ def write(
         base_model=policy.base_fingerprint,
         created=time.time(),
         algorithm=settings.algorithm,
-        learned_from=LearnedFrom(ups=cursor.ups, downs=cursor.downs, feedback_ids=list(cursor.feedback_ids)),
+        learned_from=LearnedFrom(
+            ups=cursor.ups, downs=cursor.downs, pairs=cursor.pairs, feedback_ids=list(cursor.feedback_ids)
+        ),
+        reward_model=cursor.reward,
         kl=KLBound(
             mean=estimate.mean,
             upper=estimate.upper,
@@ -93,7 +96,7 @@ def submit(log: Log, adapter: Adapter) -> CandidateSubmitted:
         digest=adapter.digest,
         parent=adapter.manifest.parent,
         algorithm=adapter.manifest.algorithm,
-        learned_from=learned_from.ups + learned_from.downs,
+        learned_from=len(learned_from.feedback_ids),
         kl_upper=adapter.manifest.kl.upper,
     )
     log.append(event.topic, [message_of(event)])

@@ -1,4 +1,4 @@
-"""What training has reached, on disk: weights, optimizer, random state and the cursor of what has been learned.
+"""What training has reached, on disk: weights, the trainer's and the random state, the cursor of what was learned.
 
     checkpoints/7/state.pt      tensors (read back with `weights_only`: nothing in it is run)
                   cursor.json   which votes these weights have learned from
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.examples import Examples, Pair, Thumb, spent
 from thumbwheel.events import BASE
 
 STATE = "state.pt"
@@ -28,22 +29,30 @@ MARKER = "COMPLETE"
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What the working weights are: `parent` and the votes learned since, in order."""
+    """What the working weights are: `parent` and the votes learned since, in order.
+
+    `reward` is the reward model that scored fresh answers, where there was one.
+    """
 
     parent: str = BASE
     updates: int = 0
     ups: int = 0
     downs: int = 0
+    pairs: int = 0
     feedback_ids: tuple[str, ...] = ()
+    reward: str = ""
 
-    def after(self, feedback_ids: list[str], ups: int) -> "Cursor":
-        """The cursor after one more update from these votes, `ups` of them thumbs up."""
+    def after(self, examples: Examples) -> "Cursor":
+        """The cursor after one more update from these."""
+        ups = sum(isinstance(example, Thumb) and example.up for example in examples)
+        pairs = sum(isinstance(example, Pair) for example in examples)
         return replace(
             self,
             updates=self.updates + 1,
             ups=self.ups + ups,
-            downs=self.downs + len(feedback_ids) - ups,
-            feedback_ids=(*self.feedback_ids, *feedback_ids),
+            downs=self.downs + len(examples) - pairs - ups,
+            pairs=self.pairs + pairs,
+            feedback_ids=(*self.feedback_ids, *spent(examples)),
         )
 
 
@@ -53,7 +62,7 @@ class Checkpoint:
 
     cursor: Cursor
     weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    trainer: dict[str, Any]
     random: Tensor
 
 
@@ -71,7 +80,7 @@ class Checkpoints:
         number = max(self._numbers(), default=0) + 1
         scratch = Path(tempfile.mkdtemp(prefix=".", dir=self._root))
         with open(scratch / STATE, "wb") as file:
-            torch.save({name: getattr(checkpoint, name) for name in ("weights", "optimizer", "random")}, file)
+            torch.save({name: getattr(checkpoint, name) for name in ("weights", "trainer", "random")}, file)
         (scratch / CURSOR).write_text(json.dumps(asdict(checkpoint.cursor)))
         (scratch / MARKER).touch()
         for path in (scratch / STATE, scratch / CURSOR, scratch / MARKER, scratch):

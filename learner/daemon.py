@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ def run(settings: "Settings") -> None:
     """
     configure_logging("learner")
     check(settings)
+    if int(os.environ.get("RANK", "0")):
+        _follow(settings)
+        return
     place = settings.path(Path("learner"))
     place.mkdir(parents=True, exist_ok=True)
     lock = os.open(place / "lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -28,6 +32,7 @@ def run(settings: "Settings") -> None:
     except OSError as error:
         raise ThumbwheelError(f"another learner is running on {place}: there may be one") from error
 
+    from learner import ranks
     from learner.loop import Learner
     from learner.policy import Policy
 
@@ -35,12 +40,13 @@ def run(settings: "Settings") -> None:
     log = open_log(settings)
     learner: Learner | None = None
     try:
+        processes = ranks.join()
         policy = Policy.load(settings)
 
         def step() -> bool:
             nonlocal learner
             if learner is None:  # its start reads the log, and the daemon waits for that
-                learner = Learner(settings, log, policy, daemon.should_exit)
+                learner = Learner(settings, log, policy, daemon.should_exit, processes)
             return learner.step()
 
         daemon.run(step, settings.learner.poll_s)
@@ -49,6 +55,20 @@ def run(settings: "Settings") -> None:
             learner.close()
         log.close()
         os.close(lock)
+
+
+def _follow(settings: "Settings") -> None:
+    """Share the updates of the process that `torchrun` gave rank 0, and leave with it."""
+    from learner import ranks
+    from learner.algorithms import make
+    from learner.compute import follow
+    from learner.policy import Policy
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    processes = ranks.join()
+    policy = Policy.load(settings)
+    follow(policy, make(settings.learner, policy.width), processes)
 
 
 def check(settings: "Settings") -> None:

@@ -22,6 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learner.algorithm import Algorithm, Figures, Models, Needs, figures, pairs_of
+from learner.batch import Batch, Plan
+from learner.examples import Examples
+from learner.logprobs import Row
+
 SETTLED = 0.1
 """A pair is settled when σ(−βΔ), by which the sigmoid loss pulls, is below this."""
 
@@ -80,3 +85,39 @@ def diagnose(each: Tensor, chosen: Tensor, rejected: Tensor, beta: float) -> Dia
         settled=(torch.sigmoid(-beta * margins) < SETTLED).float().mean().item(),
         falling=(chosen < 0).float().mean().item(),
     )
+
+
+class DPO(Algorithm):
+    """The loss is that of `[learner] dpo_loss`."""
+
+    needs = Needs(pairs=True)
+
+    def plan(self, examples: Examples, models: Models) -> Plan:
+        pairs = pairs_of(examples)
+        rows = [Row(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+        weights = pair_weights(torch.tensor([pair.trust for pair in pairs]))
+        return Plan(
+            rows,
+            [i for i in range(len(pairs)) for _ in range(2)],
+            {
+                "reference": models.reference(rows),
+                "chosen": torch.tensor([True, False] * len(pairs)),
+                "weights": weights.repeat_interleave(2),
+            },
+            units=[[2 * i, 2 * i + 1] for i in range(len(pairs))],
+        )
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        better, beta = batch["chosen"], self.settings.beta
+        gained = batch.policy.sum(-1) - batch["reference"].sum(-1)
+        chosen, rejected, weights = gained[better], gained[~better], batch["weights"][better]
+        match self.settings.dpo_loss:
+            case "sigmoid":
+                each = sigmoid(chosen, rejected, weights, beta)
+            case "robust":
+                each = robust(chosen, rejected, weights, beta, self.settings.label_noise)
+            case "ipo":
+                tokens = batch.mask.sum(-1)
+                each = ipo(chosen, rejected, tokens[better], tokens[~better], weights, beta)
+        seen = diagnose(each.detach(), chosen.detach(), rejected.detach(), beta)
+        return each.sum() / (batch.size / 2), figures(seen)

@@ -28,6 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.algorithm import Algorithm, Figures, Models, Needs, figures, thumbs_of
+from learner.batch import Batch, Plan
+from learner.drawn import draw
+from learner.examples import Examples
+
 CLIP = 0.2
 """How far a token's ratio may move before it stops counting."""
 
@@ -149,3 +154,46 @@ def _diagnose(
         clipped=stopped.float().mean().item(),
         flat=(_groups(rewards, groups)[2] < 1e-6).float().mean().item(),
     )
+
+
+class GRPO(Algorithm):
+    """Without a KL term: the budget holds the policy. An answer that was cut off loses `unfinished_penalty`."""
+
+    needs = Needs(fresh=True)
+
+    @property
+    def passes(self) -> int:
+        return self.settings.fresh.epochs
+
+    @property
+    def minibatches(self) -> int:
+        return self.settings.fresh.minibatches
+
+    def plan(self, examples: Examples, models: Models) -> Plan:
+        drawn = draw(thumbs_of(examples), models, self.settings.ppo.unfinished_penalty)
+        groups = torch.tensor(drawn.groups)
+        facts = {
+            "old": drawn.old,
+            "rewards": drawn.rewards,
+            "groups": groups,
+            "advantages": advantages(drawn.rewards, groups),
+        }
+        return Plan(drawn.rows, drawn.groups, facts, units=drawn.units)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        each = token_losses(batch.policy, batch["old"], batch["advantages"], batch.mask)
+        read = (batch.policy.detach(), batch["old"], batch["rewards"], batch["groups"], batch.mask)
+        return each.sum() / batch.tokens, _figures(batch, diagnose_tokens(each.detach(), *read))
+
+
+class GSPO(GRPO):
+    """GRPO with one ratio an answer."""
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        each = sequence_losses(batch.policy, batch["old"], batch["advantages"], batch.mask)
+        read = (batch.policy.detach(), batch["old"], batch["rewards"], batch["groups"], batch.mask)
+        return each.sum() / batch.size, _figures(batch, diagnose_sequences(each.detach(), *read))
+
+
+def _figures(batch: Batch, diagnostics: Diagnostics) -> Figures:
+    return figures(diagnostics) | {"reward": batch["rewards"].mean().item()}

@@ -23,13 +23,18 @@ is reported, since long answers get there early and then stop teaching.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from learner.algorithm import Algorithm, Figures, Models, figures, thumbs_of
+from learner.batch import Batch, Plan, of_one_prompt
+from learner.examples import Examples, Thumb
 from learner.logprobs import Row
+from thumbwheel.settings import LearnerSettings
 
 SATURATED = 0.1
 """A row is saturated when its gradient has fallen below this share of the largest, 4σ(1 − σ) < 0.1."""
@@ -138,3 +143,49 @@ def diagnose(
         saturated=(slope < SATURATED).float().mean().item(),
         z0=z0,
     )
+
+
+def thumb_plan(thumbs: Sequence[Thumb], models: Models, settings: LearnerSettings) -> Plan:
+    """A row for each thumb, with its class and its weight."""
+    rows = [Row(thumb.prompt, thumb.completion) for thumb in thumbs]
+    ups = [thumb.up for thumb in thumbs]
+    trust = [thumb.trust for thumb in thumbs]
+    weights = class_weights(ups, settings.weight_up, settings.weight_down, trust)
+    facts = {"reference": models.reference(rows), "ups": torch.tensor(ups), "weights": torch.tensor(weights)}
+    return Plan(rows, list(range(len(rows))), facts, units=of_one_prompt(rows))
+
+
+class KTO(Algorithm):
+    """z0 is as `[learner] z0` says."""
+
+    def __init__(self, settings: LearnerSettings, width: int) -> None:
+        super().__init__(settings, width)
+        self._kl = MovingAverage()
+
+    def plan(self, examples: Examples, models: Models) -> Plan:
+        plan = thumb_plan(thumbs_of(examples), models, self.settings)
+        return replace(plan, numbers={"z0": self._z0(plan.rows, models)})
+
+    def _z0(self, rows: Sequence[Row], models: Models) -> float:
+        match self.settings.z0:
+            case "measured":
+                self._kl = self._kl.update(models.measured_kl())
+                return self._kl.value
+            case "mismatched":
+                if not (others := mismatched(rows)):
+                    return 0.0
+                return estimate_z0(models.policy(others)[0].sum(-1), models.reference(others, keep=False).sum(-1))
+            case "none":
+                return 0.0
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        policy, reference, z0 = batch.policy.sum(-1), batch["reference"].sum(-1), batch.numbers["z0"]
+        each = losses(policy, reference, batch["ups"], batch["weights"], self.settings.beta, z0)
+        seen = diagnose(policy.detach(), reference, batch["ups"], batch["weights"], self.settings.beta, z0)
+        return each.sum() / batch.size, figures(seen)
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self._kl)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._kl = MovingAverage(**state)

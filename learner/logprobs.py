@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learner import attention
 from thumbwheel.errors import SettingsError
 
 CHUNK = 256
@@ -37,25 +38,90 @@ def check_output_layer(config: Any) -> None:
             raise SettingsError(f"the learner cannot train models with {name}; this one ([engine] model) has it")
 
 
-def buckets(rows: Sequence[Row], tokens: int = 2048) -> Iterator[list[int]]:
-    """Indexes of `rows`, neighbours in length together, at most `tokens` padded tokens (or one row) a bucket."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # the first of a bucket is its longest
+def buckets(rows: Sequence[Row], tokens: int = 1024) -> Iterator[list[int]]:
+    """Indexes of `rows`, neighbours in length together, at most `tokens` padded tokens (or one row) a bucket.
+
+    Rows of one prompt stay together where they fit, with their prompt counted once.
+    """
+    order = sorted(_groups(rows, tokens), key=lambda group: _length(rows, group), reverse=True)
     while order:
-        fit = max(1, tokens // len(rows[order[0]]))
-        yield order[:fit]
+        fit = max(1, tokens // _length(rows, order[0]))  # the first of a bucket is its longest
+        yield [i for group in order[:fit] for i in group]
         order = order[fit:]
+
+
+def _groups(rows: Sequence[Row], tokens: int | None = None) -> list[list[int]]:
+    """Indexes of rows that have the same prompt, in the order of the first of each, at most `tokens` long."""
+    groups: dict[tuple[int, ...], list[list[int]]] = {}
+    for i, row in enumerate(rows):
+        parts = groups.setdefault(tuple(row.prompt), [[]])
+        if tokens is not None and parts[-1] and _length(rows, [*parts[-1], i]) > tokens:
+            parts.append([])
+        parts[-1].append(i)
+    return [part for parts in groups.values() for part in parts]
+
+
+def _length(rows: Sequence[Row], group: Sequence[int]) -> int:
+    """Tokens of a prompt and of its answers one after the other."""
+    return len(rows[group[0]].prompt) + sum(len(rows[i].completion) for i in group)
 
 
 def completion_hidden(model: Any, rows: Sequence[Row]) -> Tensor:
     """Last hidden states of the positions that predict completion tokens, (Σ completion lengths) × width, row by row.
 
-    Rows are padded on the right and no mask is given: attention is causal, so that no real position sees padding.
+    Rows of one prompt are read as one sequence, the prompt and then each answer, which sees the prompt and itself alone
+    and has the positions that it has alone. Where the model attends by tiles all sequences are one, without padding.
     """
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([row.prompt + row.completion + [0] * (longest - len(row)) for row in rows], device=model.device)
-    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # rows × longest × width
-    # Position p holds what predicts token p + 1.
-    return torch.cat([hidden[i, len(row.prompt) - 1 : len(row) - 1] for i, row in enumerate(rows)])
+    shared = _groups(rows)
+    kind = model.config._attn_implementation
+    if kind == attention.NAME:
+        return _read(model, rows, shared, flat=True)
+    alone = [[i] for i in range(len(rows))]
+    # A mask costs the fastest kernels, and long answers fill what a short prompt saves with padding.
+    pays = _padded(rows, shared) < 0.75 * _padded(rows, alone) and kind == "sdpa" and attention.covers(model)
+    return _read(model, rows, shared if pays else alone, flat=False)
+
+
+def _padded(rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> int:
+    return len(groups) * max(_length(rows, group) for group in groups)
+
+
+def _read(model: Any, rows: Sequence[Row], groups: Sequence[Sequence[int]], flat: bool) -> Tensor:
+    """One forward pass over sequences laid end to end (`flat`) or padded on the right."""
+    longest = max(_length(rows, group) for group in groups)
+    ids: list[int] = []
+    positions: list[int] = []
+    wanted: list[list[int]] = [[] for _ in rows]  # where in `ids` a row's completion is predicted
+    for group in groups:
+        prompt, begin = rows[group[0]].prompt, len(ids)
+        ids += prompt
+        positions += range(len(prompt))
+        for i in group:
+            answer = rows[i].completion
+            # Position p holds what predicts token p + 1.
+            wanted[i] = [begin + len(prompt) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+            ids += answer
+            positions += range(len(prompt), len(prompt) + len(answer))
+        if not flat:
+            padding = longest - _length(rows, group)
+            ids += [0] * padding
+            positions += [0] * padding
+    count = 1 if flat else len(groups)
+    lengths = [[len(rows[group[0]].prompt), *(len(rows[i].completion) for i in group)] for group in groups]
+    options: dict[str, Any] = {}
+    if flat:
+        # A mask of four dimensions is handed on as it is: transformers makes none itself.
+        options = {"tiles": attention.tiles(lengths), "attention_mask": torch.ones(1, 1, 1, 1)}
+    elif any(len(group) > 1 for group in groups):
+        options = {"attention_mask": attention.mask(lengths, longest).to(model.device)}
+    if options:
+        options["position_ids"] = torch.tensor(positions, device=model.device).view(count, -1)
+    # Without options attention is causal over each row, so that no real position sees padding.
+    hidden: Tensor = model.base_model(
+        input_ids=torch.tensor(ids, device=model.device).view(count, -1), use_cache=False, **options
+    ).last_hidden_state
+    chosen = torch.tensor([place for places in wanted for place in places], device=model.device)
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
 
 
 def token_logprobs(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:

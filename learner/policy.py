@@ -15,7 +15,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from learner import attention, lora
 from learner.logprobs import check_output_layer
+from learner.ranks import device
 from thumbwheel.errors import AdapterError, SettingsError
 from thumbwheel.settings import Settings
 from thumbwheel.store import Adapter, fingerprint
@@ -35,6 +37,7 @@ class Policy:
         self.stop = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._settings = settings
         self._base = base.eval().requires_grad_(False)
+        attention.install(base)
         self._peft: Any = None
         self.start(None)
 
@@ -51,7 +54,19 @@ class Policy:
             base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, local_files_only=True)
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot load the base model at {path} ([engine] model): {error}") from error
-        return cls(base.to(settings.learner.device), settings, identity)
+        return cls(base.to(device(settings.learner.device)), settings, identity)
+
+    @property
+    def width(self) -> int:
+        """Of a hidden state."""
+        width: int = self._base.get_output_embeddings().weight.shape[1]
+        return width
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._base.device
+        return device
 
     @property
     def model(self) -> Any:
@@ -67,6 +82,7 @@ class Policy:
             self._peft.unload()
         if parent is None:
             self._peft = self._new()
+            lora.install(self._base)
             return
         if parent.manifest.base_model != self.base_fingerprint:
             raise AdapterError(
@@ -74,6 +90,7 @@ class Policy:
                 f"{self.base_fingerprint}: point [engine] model at its base model, or roll back to `base`"
             )
         self._peft = PeftModel.from_pretrained(self._base, parent.path, is_trainable=True)
+        lora.install(self._base)
         rank = self._peft.peft_config["default"].r
         if rank != self._settings.learner.rank:
             logger.warning("%s has rank %d; [learner] rank counts when training starts from base", parent.version, rank)

@@ -28,10 +28,20 @@ left out, and an update is skipped whose weights are worth too few samples (`eno
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from learner.algorithm import Algorithm, Figures, Models, Needs, Unusable, figures, thumbs_of
+from learner.batch import Batch, Plan, answer_mask, of_one_prompt
+from learner.drawn import draw
+from learner.examples import Examples, Thumb
+from learner.logprobs import Row
+from thumbwheel.settings import LearnerSettings
+from thumbwheel.store import number
 
 CLIP = 0.2
 """How far a ratio, or a value, may move before it stops counting."""
@@ -232,3 +242,141 @@ def _clipped(policy: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip
     ratios = torch.where(mask, policy - old, 0.0).exp()
     beyond = ((ratios > 1 + clip) & (advantages > 0)) | ((ratios < 1 - clip) & (advantages < 0))
     return beyond[mask].float().mean().item()
+
+
+class PPO(Algorithm):
+    """On fresh answers. The value head reads the policy's hidden states and sends no gradient into them."""
+
+    needs = Needs(fresh=True)
+
+    def __init__(self, settings: LearnerSettings, width: int) -> None:
+        super().__init__(settings, width)
+        chosen = settings.ppo
+        self._controller = Controller(chosen.kl_coefficient, chosen.kl_target, chosen.kl_horizon)
+        self.head = torch.nn.Linear(width, 1)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    @property
+    def passes(self) -> int:
+        return self.settings.fresh.epochs
+
+    @property
+    def minibatches(self) -> int:
+        return self.settings.fresh.minibatches
+
+    def plan(self, examples: Examples, models: Models) -> Plan:
+        drawn = draw(thumbs_of(examples), models, self.settings.ppo.unfinished_penalty)
+        assert drawn.values is not None
+        old, values, mask = drawn.old, drawn.values, answer_mask(drawn.rows).to(drawn.old.device)
+        reference = models.reference(drawn.rows, keep=False)
+        # The penalty is in the rewards already.
+        rewards = token_rewards(drawn.rewards, old, reference, mask, self._controller.beta, drawn.ended, 0.0)
+        estimates, returns = advantages(rewards, values, mask)
+        facts = {
+            "old": old,
+            "reference": reference,
+            "values": values,
+            "rewards": drawn.rewards,
+            "advantages": whiten(estimates, mask),
+            "returns": returns,
+        }
+        return Plan(drawn.rows, drawn.groups, facts, {"beta": self._controller.beta}, drawn.units)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        assert batch.values is not None
+        old, estimates, mask = batch["old"], batch["advantages"], batch.mask
+        policy = policy_losses(batch.policy, old, estimates, mask)
+        value = value_losses(batch.values, batch["values"], batch["returns"], mask)
+        seen = diagnose(
+            batch.policy.detach(), old, estimates, batch.values.detach(), batch["values"], batch["returns"], mask
+        )
+        more = {
+            "loss": seen.policy_loss,
+            "reward": batch["rewards"].mean().item(),
+            "kl": (old - batch["reference"]).sum(-1).mean().item(),
+            "beta": batch.numbers["beta"],
+        }
+        return (policy.sum() + value.sum()) / batch.tokens, figures(seen) | more
+
+    def enough(self, batch: Batch) -> bool:
+        return stop_early(batch.policy, batch["old"], batch.mask, self.settings.ppo.stop_kl)
+
+    def after(self, whole: Batch) -> None:
+        kl = (whole["old"] - whole["reference"]).sum(-1).mean().item()
+        self._controller = self._controller.update(kl, whole.size)
+
+    def state(self) -> dict[str, Any]:
+        return {"beta": self._controller.beta}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._controller = replace(self._controller, beta=state["beta"])
+
+
+class LoggedPPO(Algorithm):
+    """On logged answers: one step from where the policy is, so that this is the recent policy."""
+
+    needs = Needs(logprobs=True)
+
+    def plan(self, examples: Examples, models: Models) -> Plan:
+        thumbs = thumbs_of(examples)
+        chosen = self.settings.ppo
+        lags = torch.tensor([number(models.parent) - number(thumb.version) for thumb in thumbs])
+        young = fresh(lags, chosen.max_lag)
+        recorded = torch.tensor([bool(thumb.behaviour) for thumb in thumbs])
+        left_out = {
+            i: f"its answer is of {thumbs[i].version}, more than {chosen.max_lag} versions before {models.parent}"
+            for i in _where(~young)
+        } | {i: "the log-probs of its answer were not kept" for i in _where(~recorded)}
+        thumbs, owners = _kept(thumbs, list(range(len(thumbs))), young & recorded)
+        _both_classes(thumbs, left_out)
+        rows = [Row(thumb.prompt, thumb.completion) for thumb in thumbs]
+        proximal, _ = models.policy(rows)
+        mask = answer_mask(rows).to(proximal.device)
+        behaviour = _padded([thumb.behaviour for thumb in thumbs], proximal)
+        like = near(proximal, behaviour, mask)
+        left_out |= {
+            owners[i]: "the policy gives its tokens other probabilities than they were recorded with"
+            for i in _where(~like)
+        }
+        keep = _where(like)
+        thumbs, owners = _kept(thumbs, owners, like)
+        _both_classes(thumbs, left_out)
+        rows, proximal, behaviour, mask = [rows[i] for i in keep], proximal[keep], behaviour[keep], mask[keep]
+        weights = behaviour_weights(proximal, behaviour, mask)
+        if not enough(weights, mask):
+            share = effective_share(weights, mask)
+            why = f"these answers are worth {share:.0%} of as many fresh ones, and it takes {EFFECTIVE:.0%}"
+            raise Unusable(why, left_out | dict.fromkeys(owners, why))
+        trust = torch.tensor([thumb.trust for thumb in thumbs]).to(proximal)
+        ups = torch.tensor([thumb.up for thumb in thumbs], device=proximal.device)
+        rewards = thumb_rewards(ups, up_rate(ups, trust)).to(proximal) * trust
+        ended = torch.ones(len(rows), dtype=torch.bool, device=proximal.device)  # a thumb was given for it as it is
+        each = token_rewards(rewards, proximal, models.reference(rows), mask, chosen.kl_coefficient, ended, 0.0)
+        estimates, _ = advantages(each, torch.zeros_like(each), mask, lam=1.0)
+        facts = {"proximal": proximal, "advantages": estimates, "weights": weights}
+        return Plan(rows, owners, facts, units=of_one_prompt(rows), left_out=left_out)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Figures]:
+        known = (batch["proximal"], batch["advantages"], batch["weights"], batch.mask)
+        each = decoupled_losses(batch.policy, *known)
+        seen = diagnose_logged(batch.policy.detach(), *known)
+        return each.sum() / batch.tokens, figures(seen) | {"loss": seen.policy_loss}
+
+
+def _where(which: Tensor) -> list[int]:
+    return [int(i) for i in which.nonzero().squeeze(-1)]
+
+
+def _kept(thumbs: Sequence[Thumb], owners: Sequence[int], which: Tensor) -> tuple[list[Thumb], list[int]]:
+    return [thumbs[i] for i in _where(which)], [owners[i] for i in _where(which)]
+
+
+def _both_classes(thumbs: Sequence[Thumb], left_out: Mapping[int, str]) -> None:
+    if len({thumb.up for thumb in thumbs}) < 2:
+        raise Unusable("the answers that are recent and near enough to the policy have not both thumbs", left_out)
+
+
+def _padded(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    rows = [torch.tensor(row, dtype=like.dtype, device=like.device) for row in values]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -28,10 +28,14 @@ class KLBound(Part):
 
 
 class LearnedFrom(Part):
-    """Which votes made it. `feedback_ids` are the ids of the events that this version and no other learned from."""
+    """Which votes made it. `feedback_ids` are the ids of the events that this version and no other learned from.
+
+    Thumbs up and down that were learned from one by one, and pairs that were made from votes.
+    """
 
     ups: int
     downs: int
+    pairs: int = 0
     feedback_ids: list[str]
 
 
@@ -57,6 +61,8 @@ class Manifest(Part):
     created: float
     algorithm: str
     learned_from: LearnedFrom
+    reward_model: str = ""
+    """The version of the learner's reward model that scored fresh answers; empty where none did."""
     kl: KLBound
     probes: list[Probe]
     settings: dict[str, Any] = {}

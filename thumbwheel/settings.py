@@ -118,11 +118,68 @@ class GatewaySettings(Section):
     drain_s: Positive = 30.0
 
 
+class FreshSettings(Section):
+    """Answers sampled under the adapter that is being trained: what "ppo", "grpo" and "gspo" learn from."""
+
+    engine: str = ""
+    """A vLLM that samples them, its URL: one that loads adapters at run time and sees the learner's files. Empty: the
+    learner samples by itself."""
+    answers: Annotated[int, Field(ge=2)] = 4
+    """How many for each prompt."""
+    epochs: Count = 2
+    """How often each batch of them is gone over; "ppo" stops early where the policy moves too far."""
+    minibatches: Count = 2
+    """Optimizer steps in each of these."""
+
+
+class RewardSettings(Section):
+    """The reward model behind "ppo", "grpo" and "gspo": a score for an answer, learned from thumbs and pairs."""
+
+    votes: Count = 2000
+    """The newest so many are learned from."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The share of prompts whose votes only test it. It is refused unless it tells these ups from downs."""
+    epochs: Count = 3
+    batch: Count = 16
+    learning_rate: Positive = 2e-4
+    weight_thumbs: Positive = 1.0
+    weight_pairs: Positive = 1.0
+    ridge: Positive = 1.0
+    """How much it takes to blame a thumb on its user, its topic or the answer's length."""
+    samples: Annotated[int, Field(ge=8)] = 64
+    """Answers of the reference that its zero and its unit come from."""
+
+
+class PPOSettings(Section):
+    """What "ppo" and "ppo-logged" alone need."""
+
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    """Reward taken off for a nat of KL to the reference; "ppo" adapts it from there."""
+    kl_target: Positive = 2.0
+    """The KL to the reference, in nats an answer, that the coefficient steers towards."""
+    kl_horizon: Positive = 1000.0
+    """Answers over which it moves by a fifth."""
+    unfinished_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Reward taken off for an answer that was cut off."""
+    stop_kl: Positive = 0.05
+    """A batch is left alone once the policy has moved 1.5 times this from where it began, nats a token."""
+    value_learning_rate: Positive = 1e-3
+    max_lag: Annotated[int, Field(ge=0)] = 4
+    """Logged answers of versions older than this many are left out."""
+
+
 class LearnerSettings(Section):
     """When to learn, from what, how hard, and how far the policy may move from the reference."""
 
     metrics_port: Port = 8101
-    algorithm: Literal["kto"] = "kto"
+    algorithm: str = "kto"
+    """"kto" and "bco" learn from thumbs, "dpo" from pairs, "ppo-logged" from thumbs and the recorded log-probs; "ppo",
+    "grpo" and "gspo" from fresh answers that a reward model scores."""
+    z0: Literal["none", "measured", "mismatched"] = "none"
+    """Where KTO's point of reference comes from: nowhere (APO-zero), the measured KL, or mismatched pairs."""
+    dpo_loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    label_noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """The share of pairs that are the wrong way round, as "robust" takes it."""
     batch: Annotated[int, Field(ge=2)] = 16
     updates_per_candidate: Count = 4
     rank: Literal[1, 8, 16, 32, 64] = 8
@@ -147,6 +204,9 @@ class LearnerSettings(Section):
     seed: int = 0
     threads: int = 0
     device: str = "cpu"
+    fresh: FreshSettings = FreshSettings()
+    reward: RewardSettings = RewardSettings()
+    ppo: PPOSettings = PPOSettings()
 
 
 class GuardrailSettings(Section):

@@ -7,6 +7,7 @@ import pytest
 
 from learner import candidate
 from learner.checkpoint import Cursor
+from learner.examples import Thumb
 from learner.kl import Estimate, Measured
 from learner.logprobs import Row
 from learner.policy import Policy
@@ -16,7 +17,7 @@ from thumbwheel.log import SqliteLog
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
-CURSOR = Cursor("base", 2, 1, 2, ("f1", "f2", "f3"))
+CURSOR = Cursor("base", 2, 1, 2, 0, ("f1", "f2", "f3"))
 
 
 def answer(apart: float, length: int = 60) -> Measured:
@@ -67,7 +68,7 @@ def test_what_was_written_before_a_kill_is_found_by_its_votes(
     assert candidate.written(store, CURSOR) is None
     adapter = candidate.write(store, "v1", policy, CURSOR, (1.0, estimate()), settings.learner)
     assert candidate.written(store, CURSOR) == adapter
-    assert candidate.written(store, CURSOR.after(["f4"], 0)) is None
+    assert candidate.written(store, CURSOR.after([Thumb("f4", [2], [3], False, [])])) is None
 
 
 def test_submitting_twice_is_one_event(policy: Policy, settings: Settings, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from learner.checkpoint import Checkpoint, Checkpoints, Cursor
+from learner.examples import Pair, Thumb
 
 
 def made(updates: int) -> Checkpoint:
-    cursor = Cursor("v3", updates, 1, 2, tuple(f"f{i}" for i in range(updates)))
-    return Checkpoint(cursor, {"w": torch.full((2,), float(updates))}, {"state": {}, "step": updates}, torch.zeros(4))
+    cursor = Cursor("v3", updates, 1, 2, 0, tuple(f"f{i}" for i in range(updates)), "r1")
+    trainer = {"optimizer": {"state": {}, "step": updates}, "algorithm": {"beta": 0.1}}
+    return Checkpoint(cursor, {"w": torch.full((2,), float(updates))}, trainer, torch.zeros(4))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -22,7 +24,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.cursor == made(2).cursor
     assert loaded.weights["w"].tolist() == [2, 2]
-    assert loaded.optimizer == {"state": {}, "step": 2}
+    assert loaded.trainer == {"optimizer": {"state": {}, "step": 2}, "algorithm": {"beta": 0.1}}
     assert [entry.name for entry in tmp_path.iterdir()] == ["2"]
 
 
@@ -42,6 +44,13 @@ def test_a_save_that_does_not_end_leaves_the_last_one(
     assert loaded.cursor.updates == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
     again.save(made(2))
+
+
+def test_a_cursor_counts_thumbs_and_pairs_and_what_was_spent_with_them() -> None:
+    thumbs = [Thumb("f1", [2], [3], True, []), Thumb("f2", [2], [4], False, [])]
+    pairs = [Pair(("f3", "f4"), [2], [3], [4], "votes"), Pair(("f5",), [2], [5], [4], "correction")]
+    cursor = Cursor("v3").after(thumbs).after(pairs)
+    assert cursor == Cursor("v3", 2, 1, 1, 2, ("f1", "f2", "f3", "f4", "f5"))
 
 
 def test_a_clear_that_does_not_end_never_brings_an_older_one_back(

@@ -50,7 +50,7 @@ def test_sigterm_ends_it_and_a_second_learner_on_the_same_data_is_refused(settin
         os.kill(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 0, errors
-        assert "update 2 of 2 from base: loss" in errors
+        assert "update 2 of 2 from base by kto: loss" in errors
         assert "submitted v1" in errors
 
 

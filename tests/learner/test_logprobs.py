@@ -1,13 +1,16 @@
 """Chunked, bucketed and padded log-probs are the plain ones."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from learner import logprobs
 from learner.logprobs import Row, buckets, check_output_layer, completion_hidden, sequence_logprobs
 from learner.policy import Policy
+from learner.sampler import sample
 from tests.learner.conftest import VOCABULARY, tiny
 from thumbwheel.errors import SettingsError
 
@@ -70,11 +73,89 @@ def test_no_more_logits_at_once_than_a_chunk(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_buckets_hold_every_row_once_within_the_limit() -> None:
-    rows = [Row([1] * (1 + i % 7), [2] * (1 + i % 5)) for i in range(50)]
+    rows = [Row([i] * (1 + i % 7), [2] * (1 + i % 5)) for i in range(50)]
     parts = list(buckets(rows, tokens=40))
     assert sorted(i for part in parts for i in part) == list(range(50))
     assert all(len(part) * max(len(rows[i]) for i in part) <= 40 for part in parts)
     assert list(buckets([Row([1] * 50, [2] * 50)], tokens=40)) == [[0]]
+
+
+SHARED = [
+    Row([2, 3], [4, 5, 1]),
+    Row([6, 7, 8, 9, 10], [11, 12, 13]),
+    Row([2, 3], [9]),
+    Row([2], [3, 9]),
+    Row([6, 7, 8, 9, 10], [11, 1]),
+    Row([2, 3], [4, 5, 1]),
+    Row([6, 7, 8, 9, 10], [30, 29, 28, 27, 26, 25]),
+]
+
+
+def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """transformers' own goes through fp32, by which a sum of two gradients is not the sum of the two any more."""
+    return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def alone(model: Any, rows: list[Row]) -> torch.Tensor:
+    return torch.cat([sequence_logprobs(model, [row]) for row in rows])
+
+
+@pytest.mark.parametrize("implementation", ["tiles", "sdpa"])
+def test_rows_that_share_a_prompt_are_what_they_are_alone(
+    exact: Policy, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+    exact.model.set_attn_implementation("sdpa")
+    expected = alone(exact.model, SHARED)
+    plain = torch.autograd.grad((expected * torch.arange(1, 8)).sum(), exact.parameters())
+    exact.model.set_attn_implementation(implementation)
+    ours = sequence_logprobs(exact.model, SHARED)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad((ours * torch.arange(1, 8)).sum(), exact.parameters())
+    for mine, other in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+def tokens_read(model: Any, rows: list[Row]) -> int:
+    """Padding included, of one forward pass."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
+    with torch.no_grad():
+        completion_hidden(model, rows)
+    hook.remove()
+    return sum(seen)
+
+
+def test_a_shared_prompt_is_read_once_where_that_pays(exact: Policy) -> None:
+    assert tokens_read(exact.model, SHARED) == (2 + 3 + 1 + 3) + (1 + 2) + (5 + 3 + 2 + 6)
+    exact.model.set_attn_implementation("sdpa")
+    answers = [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]
+    assert tokens_read(exact.model, answers) == 5 + 4 * 2
+    assert tokens_read(exact.model, SHARED) == 3 * (5 + 3 + 2 + 6)
+    short = [Row([2], [i] * 7) for i in range(4)]
+    assert tokens_read(exact.model, [*short, Row([3], [4])]) == 5 * 8, "one long sequence pads all the others"
+
+
+def test_attention_that_is_not_plain_never_shares(exact: Policy) -> None:
+    exact.model.set_attn_implementation("eager")
+    assert tokens_read(exact.model, [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]) == 4 * 7
+    exact.model.set_attn_implementation("sdpa")
+    exact.model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert tokens_read(exact.model, [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]) == 4 * 7
+
+
+def test_buckets_keep_a_prompt_together_and_count_it_once() -> None:
+    rows = [Row([i % 5] * 10, [2] * 5) for i in range(20)]
+    parts = list(buckets(rows, tokens=30))
+    assert sorted(sorted(part) for part in parts) == [[i, i + 5, i + 10, i + 15] for i in range(5)]
+    parts = list(buckets(rows, tokens=25))  # 10 + 3 · 5
+    assert sorted(map(len, parts)) == [1] * 5 + [3] * 5
+    assert sorted(i for part in parts for i in part) == list(range(20))
+
+
+def test_sampling_leaves_the_attention_as_it_was(exact: Policy) -> None:
+    sample(exact.model, [[2, 3], [4]], 3, frozenset({1}), torch.Generator().manual_seed(0))
+    assert exact.model.config._attn_implementation == "tiles"
 
 
 def test_bf16_hidden_states_give_fp32_log_probs() -> None:

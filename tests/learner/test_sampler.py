@@ -48,6 +48,19 @@ def test_later_tokens_follow_from_the_cache_as_from_a_full_pass() -> None:
     assert abs(difference.mean().item()) < 4 * difference.std().item() / len(difference) ** 0.5
 
 
+def test_a_prompt_that_comes_several_times_is_read_once() -> None:
+    model = tiny()
+    read: list[list[list[int]]] = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, arguments, named: read.append(named["input_ids"].tolist()), with_kwargs=True
+    )
+    prompts = [[2, 3], [4], [2, 3], [4], [4]]
+    rows = sample(model, prompts, 3, STOP, torch.Generator().manual_seed(0))
+    assert [row.prompt for row in rows] == prompts
+    assert read[0] == [[2, 3], [0, 4]]
+    assert len({tuple(row.completion) for row in rows}) > 3, "each has an answer of its own"
+
+
 def test_a_seed_repeats_itself_and_the_model_is_left_as_it_was() -> None:
     model = tiny()
     before = model.config._attn_implementation

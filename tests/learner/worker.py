@@ -10,7 +10,7 @@ from thumbwheel.settings import Settings
 
 POINTS = {
     "mid read": ("learner.buffer.Buffer._join", 1),
-    "mid update": ("learner.trainer.kto.diagnose", 2),
+    "mid update": ("learner.trainer.Trainer._step", 2),
     "updated, not saved": ("learner.loop.Checkpoints.save", 1),
     "saved, not told to the buffer": ("learner.loop.Buffer.learned", 2),  # the first is at the start
     "mid measure": ("learner.kl._compare", 1),

@@ -57,11 +57,14 @@ class SqliteLog:
         self._all: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            migrate(self._connection(), MIGRATIONS)
+            self._prepare()
             (self._id,) = self._connection().execute("SELECT id FROM identity").fetchone()
         except (OSError, sqlite3.Error) as error:
             raise LogError(f"cannot open the event log {path} ({setting}): {error}") from error
+
+    def _prepare(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        migrate(self._connection(), MIGRATIONS)
 
     @property
     def identity(self) -> str:
@@ -70,12 +73,15 @@ class SqliteLog:
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            connection = self._connect()
             self._configure(connection)
             self._local.connection = connection
             with self._lock:
                 self._all.append(connection)
         return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
 
     def _configure(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA journal_mode=WAL")

@@ -1,0 +1,115 @@
+"""Attention by tiles is attention: every row sees what it would see alone, forward and backward."""
+
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from learner import attention
+from tests.learner.conftest import tiny
+
+LAYOUTS = {
+    "one row": [[5]],
+    "one token": [[1]],
+    "short rows share a tile": [[2, 1], [1, 3], [4]],
+    "a row of many tiles": [[9, 8]],
+    "long beside short": [[2, 2], [11, 7], [1], [3, 1]],
+    "a prompt with answers": [[5, 3, 2, 4]],
+    "answers over tiles": [[3, 2], [6, 7, 5], [2, 1, 1]],
+}
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, layout: list[list[int]]) -> Tensor:
+    """Each answer read alone after its prompt, with repeated keys, by torch's own kernel."""
+    repeat = len(query) // len(key)
+    result = torch.zeros(query.shape[1], len(query), value.shape[-1], dtype=query.dtype)
+    begin = 0
+    for lengths in layout:
+        ends = list(accumulate(lengths, initial=begin))
+        prompt = list(range(ends[0], ends[1]))
+        for start, stop in list(pairwise(ends))[1:] or [(ends[1], ends[1])]:
+            row = prompt + list(range(start, stop))
+            q, k, v = (
+                query[:, row],
+                key[:, row].repeat_interleave(repeat, 0),
+                value[:, row].repeat_interleave(repeat, 0),
+            )
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3).transpose(0, 1)
+            fresh = row if start == ends[1] else row[len(prompt) :]
+            result = result.index_copy(0, torch.tensor(fresh), out[len(row) - len(fresh) :])
+        begin = ends[-1]
+    return result
+
+
+@pytest.mark.parametrize("tile", [1, 4, 7, 128])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_every_row_sees_what_it_would_see_alone(
+    monkeypatch: pytest.MonkeyPatch, repeat: int, layout: list[list[int]], tile: int
+) -> None:
+    monkeypatch.setattr(attention, "TILE", tile)
+    torch.manual_seed(0)
+    tokens = sum(map(sum, layout))
+    query, key, value, slope = (
+        torch.randn(heads, tokens, width, dtype=torch.float64)
+        for heads, width in ((2 * repeat, 4), (2, 4), (2, 6), (tokens, 0))
+    )
+    slope = torch.randn(tokens, 2 * repeat, 6, dtype=torch.float64)
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+    made, _ = attention.attention(
+        None, query[None], key[None], value[None], None, scaling=0.3, tiles=attention.tiles(layout)
+    )
+    expected = plain(query, key, value, layout)
+    torch.testing.assert_close(made[0], expected, rtol=0, atol=1e-12)
+    ours = torch.autograd.grad((made[0] * slope).sum(), inputs)
+    for gradient, other in zip(ours, torch.autograd.grad((expected * slope).sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
+
+
+def test_no_tile_is_longer_than_it_may_be_and_each_token_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TILE", 4)
+    made = attention.tiles([[2, 2], [11, 7], [1], [3, 1]])
+    assert [i for tile in made for i in range(tile.start, tile.stop)] == list(range(27))
+    assert max(tile.stop - tile.start for tile in made) == 4
+    assert all(tile.first == 4 for tile in made if 4 <= tile.start < 22)
+
+
+def test_the_mask_of_padded_sequences_is_who_sees_whom() -> None:
+    seen = attention.mask([[2, 1, 2], [1, 1]], longest=6)
+    assert seen.shape == (2, 1, 6, 6)
+    assert seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+    assert seen.any(-1).all(), "a position that sees nothing has no softmax"
+
+
+def test_a_call_without_tiles_is_transformers_own() -> None:
+    model, other = tiny(), tiny()
+    attention.install(model)
+    assert model.config._attn_implementation == attention.NAME
+    ids = torch.tensor([[2, 3, 4, 5], [6, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert torch.equal(model(ids, attention_mask=mask).logits, other(ids, attention_mask=mask).logits)
+
+
+def test_a_model_that_attends_otherwise_keeps_its_attention() -> None:
+    def model(stateful: bool = False, backend: bool = True, **config: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            config=SimpleNamespace(**config), _is_stateful=stateful, _supports_attention_backend=backend
+        )
+
+    assert attention.covers(tiny())
+    assert attention.covers(model(layer_types=["full_attention"] * 2, sliding_window=4096))
+    assert not attention.covers(model(layer_types=["full_attention", "sliding_attention"]))
+    assert not attention.covers(model(sliding_window=4096))
+    assert not attention.covers(model(attn_logit_softcapping=50.0))
+    assert not attention.covers(model(stateful=True))
+    assert not attention.covers(model(backend=False))
