@@ -1,14 +1,17 @@
 """The command line. It imports what a command needs when the command runs, so that `--help` is instant.
 
-Exit codes: 0 done · 1 failed · 2 usage or settings · 3 log · 4 adapter · 5 the decision does not fit the rollout.
+Exit codes: 0 done · 1 failed · 2 usage or settings · 3 log · 4 adapter · 5 the decision does not fit the rollout ·
+6 nothing was learned · 130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,6 +19,9 @@ from thumbwheel import __version__
 from thumbwheel.cli_context import Context, as_json, pass_context
 from thumbwheel.cli_log import log
 from thumbwheel.errors import ThumbwheelError
+
+if TYPE_CHECKING:
+    from thumbwheel.settings import Settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -69,12 +75,58 @@ def forward(context: Context) -> None:
 
 
 @cli.command()
+@click.option(
+    "--algorithm",
+    metavar="NAME",
+    help="kto, bco, dpo, ppo, ppo-logged, grpo or gspo [the one that the settings name].",
+)
+@click.option(
+    "--from",
+    "source",
+    metavar="LOG",
+    help="Make one update over this recorded log and show what came of it: the path of a SQLite log, or `log` for the "
+    "log that the settings name. The log stays as it is, and no candidate comes of it.",
+)
+@click.option("--dry-run", is_flag=True, help="With --from: only say what it would learn from, and what is missing.")
+@as_json
 @pass_context
-def learn(context: Context) -> None:
-    """Run the learner: votes in, candidates out."""
-    from learner.daemon import run
+def learn(context: Context, algorithm: str | None, source: str | None, dry_run: bool, json_: bool) -> None:
+    """Run the learner: votes in, candidates out. With --from, one update and its figures."""
+    settings = context.settings
+    if algorithm is not None:
+        chosen = settings.learner.model_copy(update={"algorithm": algorithm})
+        settings = settings.model_copy(update={"learner": chosen})
+    if source is None:
+        if dry_run or json_:
+            raise click.UsageError("--dry-run and --json go with --from LOG")
+        from learner.daemon import run
 
-    run(context.settings)
+        run(settings)
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError("--from runs in one process: start it without torchrun")
+    try:
+        _learn_once(settings, source, dry_run, json_)
+    except KeyboardInterrupt:
+        click.echo("thumbwheel: stopped; nothing was kept, and the log is as it was", err=True)
+        sys.exit(130)
+
+
+def _learn_once(settings: Settings, source: str, dry_run: bool, json_: bool) -> None:
+    from learner import table
+    from learner.daemon import check
+    from learner.once import NothingLearned, learn
+    from learner.survey import survey
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing stays behind in the temporary directory
+    check(settings)
+    if not dry_run:
+        outcome = learn(settings, source)
+        click.echo(table.as_json(outcome) if json_ else table.of_outcome(outcome))
+        return
+    found = survey(settings, source)
+    click.echo(table.as_json(found) if json_ else table.of_survey(found))
+    sys.exit(0 if found.ready else NothingLearned.exit_code)
 
 
 @cli.command()

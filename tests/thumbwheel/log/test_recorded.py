@@ -26,7 +26,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.parent.iterdir() if not file.name.endswith("-shm")}
+    files = (file for file in path.parent.iterdir() if file.is_file() and not file.name.endswith("-shm"))
+    return {file.name: file.read_bytes() for file in files}
 
 
 def read(path: Path) -> tuple[str, int]:
@@ -94,7 +95,8 @@ def refused(path: Path, words: str) -> None:
 
 def test_what_is_no_log_of_this_release_is_refused_as_it_is(path: Path, tmp_path: Path) -> None:
     refused(tmp_path / "none.sqlite", "no such file")
-    refused(tmp_path, "no such file")
+    (tmp_path / "directory").mkdir()
+    refused(tmp_path / "directory", "no such file")
     strange = tmp_path / "strange.sqlite"
     strange.write_bytes(b"no database, however long one looks at it" * 100)
     refused(strange, "not a database")
