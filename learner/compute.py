@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from learner.activations import checkpointing, needs_checkpointing
 from learner.algorithm import Algorithm
 from learner.batch import Plan, of_one_prompt, parts
 from learner.logprobs import Row, completion_hidden, token_logprobs
@@ -131,6 +132,7 @@ def work(
     values = torch.zeros_like(logprobs) if algorithm.head is not None and not job.reference else None
     for indexes in ranks.share(job.parts):
         rows = [plan.rows[i] for i in indexes]
+        checkpointing(policy.model, job.backward and needs_checkpointing(policy.model, sum(map(len, rows))))
         with torch.set_grad_enabled(job.backward):
             if job.reference:
                 with policy.reference():
@@ -144,6 +146,7 @@ def work(
         if values is not None and valued is not None:
             values[indexes, : seen.shape[1]] = valued.detach().to(values)
         progress(len(rows))
+    checkpointing(policy.model, on=False)
     both = [logprobs] if values is None else [logprobs, values]
     if job.backward:
         for parameter in parameters:

@@ -327,7 +327,7 @@ class LoggedPPO(Algorithm):
         left_out = {
             i: f"its answer is of {thumbs[i].version}, more than {chosen.max_lag} versions before {models.parent}"
             for i in _where(~young)
-        } | {i: "the log-probs of its answer were not kept" for i in _where(~recorded)}
+        } | dict.fromkeys(_where(~recorded), "the log-probs of its answer were not kept")
         thumbs, owners = _kept(thumbs, list(range(len(thumbs))), young & recorded)
         _both_classes(thumbs, left_out)
         rows = [Row(thumb.prompt, thumb.completion) for thumb in thumbs]

@@ -101,6 +101,28 @@ def test_cutting_a_batch_into_parts_changes_nothing(
         assert torch.allclose(weights, once[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("variant", ["kto", "dpo", "ppo"])
+def test_recomputing_activations_where_memory_is_short_changes_nothing(
+    policy: Policy, learner: LearnerSettings, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(policy, change(learner, **VARIANTS[variant]))
+    made.trainer.update(examples_for(made))
+    once = policy.weights()
+    policy.start(None)
+    asked: list[int] = []
+
+    def short(model: Any, tokens: int) -> bool:
+        asked.append(tokens)
+        return True
+
+    monkeypatch.setattr("learner.compute.needs_checkpointing", short)
+    again = Made(policy, change(learner, **VARIANTS[variant]))
+    again.trainer.update(examples_for(again))
+    assert asked
+    for name, weights in policy.weights().items():
+        assert torch.allclose(weights, once[name], atol=1e-6), name
+
+
 @every
 def test_the_gradient_is_that_of_finite_differences(exact: Policy, learner: LearnerSettings, variant: str) -> None:
     """Of the loss over all of it, along the gradient and along a random direction, value head included; fp64."""
