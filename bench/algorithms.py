@@ -33,6 +33,7 @@ from learner.loop import Learner
 from learner.policy import Policy
 from learner.reward_model import RewardModel
 from learner.sampler import sample
+from thumbwheel.daemon import configure_logging
 from thumbwheel.demo.prompts import HELD_OUT_SUBJECTS, KL_SUBJECTS, TRAFFIC_SUBJECTS, questions
 from thumbwheel.demo.users import PATIENCE, Answer
 from thumbwheel.events import Choice, FeedbackSubmitted, ResponseGenerated, Sampling, Timings
@@ -262,6 +263,8 @@ def main() -> None:
     model = demo_model(Path(".cache") / "models").absolute()
     place = (given.place or Path(tempfile.mkdtemp(prefix="thumbwheel-bench-"))).absolute()
     place.mkdir(parents=True, exist_ok=True)
+    if given.one:
+        configure_logging(given.one)
     if given.one == "base":
         print(json.dumps(prepare(model, place, given.prompts, given.answers, given.held_out)))
         return

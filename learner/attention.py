@@ -3,7 +3,7 @@
 transformers' models call it through `AttentionInterface`. It works tile by tile: at most `TILE` queries against the
 keys that they may see, so that the causal half is not computed and no more than a tile of scores is in memory; backward
 computes them again. Queries that share a key head are multiplied together (grouped queries), keys are never repeated.
-Scores and softmax are in fp32, their products with values in the model's dtype.
+Scores are products in the model's dtype, as they are in eager attention; their softmax is taken in fp32.
 
 For CPUs, where torch's own kernel takes two to five times as long on chat-sized rows. Covered: causal models in which
 every layer attends to everything (`covers`). A call without tiles goes to transformers' sdpa.
@@ -23,8 +23,8 @@ TILE = 128
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries [start, stop) and the keys [first, stop) of them; `hidden` says which of the last keys a query must not
-    see, queries × keys from `edge` on; all before `edge` are seen by all."""
+    """Queries [start, stop) and their keys [first, stop). All see those before `edge`; of the rest `hidden` says which
+    a query must not see, queries × (stop − edge)."""
 
     start: int
     stop: int
@@ -80,7 +80,7 @@ def tiles(groups: Sequence[Sequence[int]]) -> list[Tile]:
 
 
 def mask(groups: Sequence[Sequence[int]], longest: int) -> Tensor:
-    """The same sequences side by side, padded on the right to `longest`: who sees whom, groups × 1 × longest × longest."""
+    """Who sees whom where the sequences are padded on the right to `longest`: groups × 1 × longest × longest."""
     places = torch.arange(longest)
     return torch.stack([_seen(_parts(lengths, longest), places[:, None], places)[None] for lengths in groups])
 
@@ -155,7 +155,7 @@ class _Attention(torch.autograd.Function):
         return result.view(tokens, heads * repeat, -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         heads, tokens, width = key.shape

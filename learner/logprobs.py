@@ -38,7 +38,7 @@ def check_output_layer(config: Any) -> None:
             raise SettingsError(f"the learner cannot train models with {name}; this one ([engine] model) has it")
 
 
-def buckets(rows: Sequence[Row], tokens: int = 1024) -> Iterator[list[int]]:
+def buckets(rows: Sequence[Row], tokens: int = 512) -> Iterator[list[int]]:
     """Indexes of `rows`, neighbours in length together, at most `tokens` padded tokens (or one row) a bucket.
 
     Rows of one prompt stay together where they fit, with their prompt counted once.

@@ -5,7 +5,7 @@ A and B are cast instead, which are small, and B A x is added in place to W x. W
 which q, k and v share, and A x. peft still makes, saves, loads and switches adapters; only `forward` is replaced, and
 only where it is plain LoRA with one adapter active: anything else goes peft's own way.
 
-In fp32 and fp64 this is what peft computes, to rounding. In bf16 the gradients of A and B are summed over tokens in
+In fp32 and fp64 this is what peft computes, to rounding. In bf16 A and B are rounded to what vLLM, too, serves them as; the gradients of A and B are summed over tokens in
 fp32 inside one multiplication and rounded once before they are added to the fp32 gradient.
 """
 
@@ -64,7 +64,7 @@ class _Fused(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low_a, low_b, inner = ctx.saved_tensors
         dy = outputs[0].reshape(-1, weight.shape[0])

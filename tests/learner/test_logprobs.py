@@ -93,7 +93,9 @@ SHARED = [
 
 def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     """transformers' own goes through fp32, by which a sum of two gradients is not the sum of the two any more."""
-    return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    scaled: torch.Tensor = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    result: torch.Tensor = scaled * self.weight
+    return result
 
 
 def alone(model: Any, rows: list[Row]) -> torch.Tensor:
