@@ -40,6 +40,9 @@ format: setup
 bench: setup
 	$(BIN)/python -m bench.gateway_overhead
 	$(BIN)/python -m bench.log
+	$(BIN)/python -m bench.learner_vs_trl
+	$(BIN)/python -m bench.flat
+	$(BIN)/python -m bench.algorithms
 
 setup: $(READY)
 

@@ -86,9 +86,12 @@ def ours(settings: Settings) -> Policy:
 
 
 @pytest.fixture
-def theirs(settings: Settings) -> Any:
-    """The adapter's model, equal to ours and another in memory, since TRL patches it."""
-    return policy(settings)._peft.eval()
+def theirs(settings: Settings, tmp_path: Path) -> Any:
+    """The adapter as it is saved, on a model of its own that computes as peft and transformers do."""
+    from peft import PeftModel
+
+    policy(settings).save(tmp_path / "adapter")
+    return PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"), is_trainable=True).eval()
 
 
 def policy(settings: Settings) -> Policy:
