@@ -23,7 +23,8 @@ from thumbwheel.settings import LearnerSettings
 class Updated:
     """What one update did: figures of the whole of it, `steps` of the optimizer, which examples it left out and why.
 
-    `tokens` are those of the rows that were learned from, prompts included; `grad_norm` is the largest before clipping.
+    `tokens` are those of the rows that were learned from, prompts included; `grad_norm` is the adapter's, the largest
+    before clipping.
     """
 
     figures: Figures
@@ -122,8 +123,11 @@ class Trainer:
         return [[row for unit in order[start::count] for row in plan.units[unit]] for start in range(count)]
 
     def _step(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._compute.parameters(), self._settings.max_grad_norm).item()
-        if not math.isfinite(norm):
+        most, head = self._settings.max_grad_norm, self._algorithm.head
+        norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), most).item()
+        # On its own: values are many times as large as log-ratios, and would leave nothing of the policy's gradient.
+        of_head = 0.0 if head is None else torch.nn.utils.clip_grad_norm_(head.parameters(), most).item()
+        if not math.isfinite(norm + of_head):
             raise ThumbwheelError("the gradient of an update is not finite: no weight was moved. Check the base model")
         self.optimizer.step()
         return norm

@@ -234,6 +234,18 @@ def test_a_gradient_that_is_no_number_is_an_error_and_no_weight_moves(
     assert all(torch.equal(before[name], weights) for name, weights in policy.weights().items())
 
 
+def test_a_large_gradient_of_the_values_does_not_shrink_the_policys(policy: Policy, learner: LearnerSettings) -> None:
+    made = Made(policy, change(learner, algorithm="ppo", max_grad_norm=0.1))
+    made.compute.gradient(made.algorithm.plan(thumbs(policy), made.models))
+    assert made.algorithm.head is not None
+    for parameter in made.algorithm.head.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    for parameter in policy.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    made.trainer._step()
+    assert all(torch.equal(p.grad, torch.full_like(p, 1e-3)) for p in policy.parameters() if p.grad is not None)
+
+
 def test_ppo_stops_where_the_policy_has_moved_far_enough(policy: Policy, learner: LearnerSettings) -> None:
     chosen = change(learner, algorithm="ppo", fresh={"epochs": 50, "minibatches": 1}, learning_rate=5e-2)
     result = Made(policy, chosen).trainer.update(thumbs(policy))
