@@ -10,13 +10,13 @@ its own:
     kto best       the same loss as ours (APO-zero), references computed once before, no checkpointing, rows sorted by
                    length, the fastest of several batch sizes, with and without autocast; the references are timed, too
     dpo, dpo best  DPOTrainer, likewise, on pairs
-    ours, ours dpo references in the step, batches of 16 rows; the steps are the functions that a step is made of
+    ours, ours dpo the learner's own `Trainer.update`, references in the step, batches of 16 rows
 
 A token counts once a step, padding never; a prompt that a pair shares counts with both of its answers. Each contestant
 warms up on rows that do not count. First it is checked that both sides compute the same loss, in fp32 with an adapter
 that is far from zero; what bf16 adds to that is printed. The last line is one JSON object: `kto_ratio`,
-`kto_best_ratio` and `dpo_ratio` are our tokens per second divided by theirs, `memory_ratio` our largest peak of
-resident memory divided by their smallest.
+`kto_best_ratio` and `dpo_ratio` are our tokens per second divided by theirs, `memory_ratio` our peak of resident memory
+divided by the smaller of theirs, for KTO or DPO, whichever is worse for us.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -40,9 +41,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from learner import dpo, kto
 from learner.gguf import demo_model
-from learner.logprobs import Row, buckets, completion_hidden, sequence_logprobs, token_logprobs
+from learner.logprobs import Row, completion_hidden, token_logprobs
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
@@ -214,51 +214,44 @@ def our_policy(model: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     return policy
 
 
-def both(policy: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), policy.reference():
-        reference = sequence_logprobs(policy.model, rows)
-    return sequence_logprobs(policy.model, rows), reference
+def our_trainer(policy: Any, kind: str) -> tuple[Any, Any, Any]:
+    """A trainer as the learner has it, and what it is made of: the algorithm and the models."""
+    from learner import algorithms
+    from learner.compute import Compute
+    from learner.models import LearnerModels
+    from learner.trainer import Trainer
+    from thumbwheel.settings import LearnerSettings
+
+    settings = LearnerSettings(rank=RANK, algorithm=kind.lower(), learning_rate=1e-6, beta=BETA)
+    algorithm = algorithms.make(settings, policy.width)
+    compute = Compute(policy, algorithm)
+    models = LearnerModels(policy, compute, settings, lambda _: [], torch.Generator(), threading.Event())
+    return Trainer(policy, settings, algorithm, compute, models), algorithm, models
 
 
-def kto_loss(policy: Any, made: Sequence[tuple[Row, Row]]) -> float:
-    """The mean loss of a batch; its gradient is added up bucket by bucket."""
-    rows, total = [row for row, _ in made], 0.0
-    ups = torch.tensor([i % 2 == 0 for i in range(len(rows))])
-    for bucket in buckets(rows):
-        ours, reference = both(policy, [rows[i] for i in bucket])
-        loss = kto.losses(ours, reference, ups[bucket], torch.ones(len(bucket)), BETA).sum() / len(rows)
-        torch.autograd.backward(loss)
-        total += loss.item()
-    return total
+def examples(kind: str, made: Sequence[tuple[Row, Row]]) -> Any:
+    from learner.examples import Pair, Thumb
+
+    if kind == "KTO":
+        return [Thumb(str(i), row.prompt, row.completion, i % 2 == 0, []) for i, (row, _) in enumerate(made)]
+    return [Pair((str(i),), a.prompt, a.completion, b.completion, "votes") for i, (a, b) in enumerate(made)]
 
 
-def dpo_loss(policy: Any, made: Sequence[tuple[Row, Row]]) -> float:
-    rows, total = [row for pair in made for row in pair], 0.0
-    for bucket in map(sorted, buckets(rows, tokens=1024)):
-        assert bucket[0::2] == [i - 1 for i in bucket[1::2]], "a pair was split"
-        ours, reference = both(policy, [rows[i] for i in bucket])
-        gained = ours - reference
-        loss = dpo.sigmoid(gained[0::2], gained[1::2], torch.ones(len(bucket) // 2), BETA).sum() / len(made)
-        torch.autograd.backward(loss)
-        total += loss.item()
-    return total
+def our_loss(policy: Any, kind: str, made: Sequence[tuple[Row, Row]]) -> float:
+    """Of a batch, without moving a weight."""
+    _, algorithm, models = our_trainer(policy, kind)
+    plan = algorithm.plan(examples(kind, made), models)
+    loss, _ = algorithm(plan.batch(range(len(plan.rows)), models.policy(plan.rows)[0]))
+    return float(loss)
 
 
 def ours(model: Path, kind: str, made: list[tuple[Row, Row]], warm: list[tuple[Row, Row]]) -> Measured:
-    policy = our_policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    trainer, _, _ = our_trainer(our_policy(model), kind)
     size = BATCH if kind == "KTO" else BATCH // 2
-
-    def step(batch: Sequence[tuple[Row, Row]]) -> None:
-        optimizer.zero_grad()
-        (kto_loss if kind == "KTO" else dpo_loss)(policy, batch)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-
-    step(warm[:size])
+    trainer.update(examples(kind, warm[:size]))
     began = time.perf_counter()
     for start in range(0, len(made), size):
-        step(made[start : start + size])
+        trainer.update(examples(kind, made[start : start + size]))
     return Measured(time.perf_counter() - began, tokens_of(kind, made), peak())
 
 
@@ -289,7 +282,7 @@ def compare(model: Path, kind: str, made: list[tuple[Row, Row]]) -> dict[str, fl
             read = trainer.model(ids, attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True)
         their_tokens = read.log_probs[shown[:, 1:] == 1]
         policy = our_policy(model, dtype)
-        found[f"ours {name}"] = (kto_loss if kind == "KTO" else dpo_loss)(policy, made)
+        found[f"ours {name}"] = our_loss(policy, kind, made)
         with torch.no_grad():
             our_tokens = token_logprobs(policy.model, completion_hidden(policy.model, rows), targets)
         if exact:
@@ -376,8 +369,9 @@ def main() -> None:
         each = [a.speed / b.speed for a, b in zip(results[ours], results[theirs], strict=True)]
         return round(statistics.median(each), 2)
 
-    def largest(*names: str) -> list[int]:
-        return [max(each.peak for each in results[name]) for name in names]
+    def memory(ours: str, theirs: str) -> float:
+        smaller = min(max(each.peak for each in results[name]) for name in (theirs, f"{theirs} best"))
+        return max(each.peak for each in results[ours]) / smaller
 
     print(
         json.dumps(
@@ -386,9 +380,7 @@ def main() -> None:
                 "kto_best_ratio": ratio("ours", "kto best"),
                 "dpo_ratio": ratio("ours dpo", "dpo"),
                 "dpo_best_ratio": ratio("ours dpo", "dpo best"),
-                "memory_ratio": round(
-                    max(largest("ours", "ours dpo")) / min(largest("kto", "kto best", "dpo", "dpo best")), 2
-                ),
+                "memory_ratio": round(max(memory("ours", "kto"), memory("ours dpo", "dpo")), 2),
             }
         )
     )

@@ -3,7 +3,8 @@
 transformers' models call it through `AttentionInterface`. It works tile by tile: at most `TILE` queries against the
 keys that they may see, so that the causal half is not computed and no more than a tile of scores is in memory; backward
 computes them again. Queries that share a key head are multiplied together (grouped queries), keys are never repeated.
-Scores are products in the model's dtype, as they are in eager attention; their softmax is taken in fp32.
+Scores are products in the model's dtype, as they are in eager attention, and so are probabilities; in between, torch's
+softmax computes in fp32.
 
 For CPUs, where torch's own kernel takes two to five times as long on chat-sized rows. Covered: causal models in which
 every layer attends to everything (`covers`). A call without tiles goes to transformers' sdpa.
@@ -23,14 +24,14 @@ TILE = 128
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries [start, stop) and their keys [first, stop). All see those before `edge`; of the rest `hidden` says which
-    a query must not see, queries × (stop − edge)."""
+    """Queries [start, stop) and their keys [first, stop). All see those before `edge`; `bias` is added to the scores of
+    the rest, queries × 1 × (stop − edge): −inf where a query must not see a key, else 0."""
 
     start: int
     stop: int
     first: int
     edge: int
-    hidden: Tensor
+    bias: Tensor
 
 
 def covers(model: Any) -> bool:
@@ -53,10 +54,10 @@ def install(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
-def tiles(groups: Sequence[Sequence[int]]) -> list[Tile]:
+def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[Tile]:
     """Of sequences laid end to end, each a prompt and its answers: their lengths, the prompt first.
 
-    An answer sees its prompt and itself.
+    An answer sees its prompt and itself. `dtype` is that of the scores.
     """
     parts = [_parts(lengths) for lengths in groups]
     spans: list[tuple[int, int]] = []  # one long sequence, or several short ones that fit into a tile
@@ -75,7 +76,8 @@ def tiles(groups: Sequence[Sequence[int]]) -> list[Tile]:
             queries, keys = torch.arange(start, stop)[:, None], torch.arange(first, stop)
             hidden = ~(_seen(part, queries, keys) & (owner[queries] == owner[keys]))
             edge = int(torch.cat([hidden.any(0), torch.ones(1, dtype=torch.bool)]).int().argmax())
-            made.append(Tile(start, stop, first, first + edge, hidden[:, edge:]))
+            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            made.append(Tile(start, stop, first, first + edge, bias[:, None, edge:]))
     return made
 
 
@@ -126,13 +128,12 @@ def _grouped(query: Tensor, heads: int) -> Tensor:
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, tile: Tile) -> Tensor:
-    """Softmax of a tile's scores in fp32: key heads × (queries · repeat) × keys."""
+    """Softmax of a tile's scores: key heads × (queries · repeat) × keys."""
     empty = query.new_empty(len(query), query.shape[1], key.shape[1])
     scores = torch.baddbmm(empty, query, key.transpose(1, 2), beta=0, alpha=scale)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if tile.edge < tile.stop:
         by_query = scores.view(len(scores), tile.stop - tile.start, -1, scores.shape[-1])
-        by_query[..., tile.edge - tile.first :].masked_fill_(tile.hidden[:, None], -torch.inf)
+        by_query[..., tile.edge - tile.first :] += tile.bias
     return torch.softmax(scores, -1)
 
 
@@ -147,7 +148,7 @@ class _Attention(torch.autograd.Function):
         result = query.new_empty(tokens, heads, repeat, value.shape[-1])
         for tile in tiles:
             queries, keys = slice(tile.start * repeat, tile.stop * repeat), slice(tile.first, tile.stop)
-            weights = _probabilities(grouped[:, queries], key[:, keys], scale, tile).to(value.dtype)
+            weights = _probabilities(grouped[:, queries], key[:, keys], scale, tile)
             mixed = weights @ value[:, keys]
             result[tile.start : tile.stop] = mixed.view(heads, tile.stop - tile.start, repeat, -1).transpose(0, 1)
         ctx.save_for_backward(grouped, key, value)
@@ -168,10 +169,15 @@ class _Attention(torch.autograd.Function):
             queries, keys = slice(tile.start * repeat, tile.stop * repeat), slice(tile.first, tile.stop)
             weights = _probabilities(query[:, queries], key[:, keys], ctx.scale, tile)
             slope = slopes[:, queries]
-            d_value[:, keys] += weights.to(value.dtype).transpose(1, 2) @ slope
-            d_weights = (slope @ value[:, keys].transpose(1, 2)).to(wide)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, wide).mul_(ctx.scale).to(key.dtype)
+            d_value[:, keys] += weights.transpose(1, 2) @ slope
+            d_weights = slope @ value[:, keys].transpose(1, 2)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_query[:, queries] = d_scores @ key[:, keys]
             d_key[:, keys] += d_scores.transpose(1, 2) @ query[:, queries]
-        by_head = d_query.view(heads, tokens, repeat, width).transpose(1, 2).reshape(heads * repeat, tokens, width)
-        return by_head, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+        by_head = (
+            d_query.mul_(ctx.scale)
+            .view(heads, tokens, repeat, width)
+            .transpose(1, 2)
+            .reshape(heads * repeat, tokens, width)
+        )
+        return by_head, d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype), None, None

@@ -16,8 +16,8 @@ from torch.nn import functional
 from learner import attention
 from thumbwheel.errors import SettingsError
 
-CHUNK = 256
-"""Rows of logits that are whole at a time: 256 × 49152 in fp32 is 50 MB."""
+CHUNK = 128
+"""Rows of logits that are whole at a time: 128 × 49152 in fp32 is 25 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _read(model: Any, rows: Sequence[Row], groups: Sequence[Sequence[int]], flat
     options: dict[str, Any] = {}
     if flat:
         # A mask of four dimensions is handed on as it is: transformers makes none itself.
-        options = {"tiles": attention.tiles(lengths), "attention_mask": torch.ones(1, 1, 1, 1)}
+        options = {"tiles": attention.tiles(lengths, model.dtype), "attention_mask": torch.ones(1, 1, 1, 1)}
     elif any(len(group) > 1 for group in groups):
         options = {"attention_mask": attention.mask(lengths, longest).to(model.device)}
     if options:
@@ -158,10 +158,13 @@ class _TokenLogprobs(torch.autograd.Function):
         values, slopes = [], []
         for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             logits = _wide(functional.linear(rows, weight, bias))  # chunk × vocabulary
-            logits -= logits.logsumexp(-1, keepdim=True)
-            values.append(logits.gather(-1, wanted[:, None]).squeeze(-1))
+            logits -= logits.amax(-1, keepdim=True)
+            value = logits.gather(-1, wanted[:, None])
+            total = logits.exp_().sum(-1, keepdim=True)
+            values.append((value - total.log()).squeeze(-1))
             if ctx.needs_input_grad[0]:
-                slopes.append(weight[wanted] - logits.exp_().to(weight.dtype) @ weight)
+                mean = logits.to(weight.dtype) @ weight / total  # Σ_v p(v) W[v]
+                slopes.append((weight[wanted] - mean).to(hidden.dtype))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(values)

@@ -5,8 +5,9 @@ A and B are cast instead, which are small, and B A x is added in place to W x. W
 which q, k and v share, and A x. peft still makes, saves, loads and switches adapters; only `forward` is replaced, and
 only where it is plain LoRA with one adapter active: anything else goes peft's own way.
 
-In fp32 and fp64 this is what peft computes, to rounding. In bf16 A and B are rounded to what vLLM, too, serves them as; the gradients of A and B are summed over tokens in
-fp32 inside one multiplication and rounded once before they are added to the fp32 gradient.
+In fp32 and fp64 this is what peft computes, to rounding. In bf16 A and B are rounded, to what vLLM serves them as, too;
+their gradients are summed over tokens in fp32 inside one multiplication, and rounded once before they are added to the
+fp32 gradient.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from learner import attention, lora
+from learner import attention, fused, lora
 from learner.logprobs import check_output_layer
 from learner.ranks import device
 from thumbwheel.errors import AdapterError, SettingsError
@@ -38,6 +38,7 @@ class Policy:
         self._settings = settings
         self._base = base.eval().requires_grad_(False)
         attention.install(base)
+        fused.install(base)
         self._peft: Any = None
         self.start(None)
 
