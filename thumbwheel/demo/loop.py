@@ -80,8 +80,8 @@ min_insync_replicas = 1
 LogName = Literal["sqlite", "kafka"]
 _VARIABLE = "THUMBWHEEL_LOG__KAFKA__"
 
-LEARNING_RATE = 1.3e-3
-KL_BUDGET = 3.0
+LEARNING_RATE = 8e-4
+KL_BUDGET = 2.0
 GREEDY_LEARNING_RATE = 5e-3
 
 
