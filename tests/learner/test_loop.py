@@ -208,8 +208,8 @@ def test_an_update_that_cannot_be_held_is_dropped_and_its_votes_are_spent(
     assert store.versions() == []
     assert learner._checkpoints.load() is None
     assert learner._buffer.counts()["learned"] == 8
-    (spent,) = learner._buffer._db.execute("SELECT DISTINCT reason FROM votes WHERE state = 'learned'")
-    assert spent == ("dropped: outside of the KL budget",)
+    (reason,) = learner._buffer._db.execute("SELECT DISTINCT reason FROM votes WHERE state = 'learned'")
+    assert reason == ("dropped: outside of the KL budget",)
     assert spent(learner.join())[0] not in {"f0", "f3"}
 
 
