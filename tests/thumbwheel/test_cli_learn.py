@@ -252,7 +252,12 @@ def test_a_signal_ends_it_in_good_order(
 
     monkeypatch.setattr(Policy, "load", load)
     before = contents(log)
-    done = run("--from", str(log))
+    # A shell without job control lets its background jobs ignore Ctrl-C, and this process with them.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run("--from", str(log))
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert (done.code, done.stdout) == (130, "")
     assert "the log is as it was" in done.stderr
     assert list(scratch.iterdir()) == []
