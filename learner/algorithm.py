@@ -84,13 +84,13 @@ class Algorithm:
 
     @property
     def passes(self) -> int:
-        """How often a plan is gone over."""
-        return 1
+        """How often a plan is gone over: fresh answers cost so much that once is a waste."""
+        return self.settings.fresh.epochs if self.needs.fresh else 1
 
     @property
     def minibatches(self) -> int:
         """Optimizer steps in a pass."""
-        return 1
+        return self.settings.fresh.minibatches if self.needs.fresh else 1
 
     def plan(self, examples: Examples, models: Models) -> Plan:
         """What to go over. Raises Unusable."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from learner.examples import Examples, Pair, Thumb, spent
 from thumbwheel.events import BASE
+from thumbwheel.store import sync
 
 STATE = "state.pt"
 CURSOR = "cursor.json"
@@ -84,9 +85,9 @@ class Checkpoints:
         (scratch / CURSOR).write_text(json.dumps(asdict(checkpoint.cursor)))
         (scratch / MARKER).touch()
         for path in (scratch / STATE, scratch / CURSOR, scratch / MARKER, scratch):
-            _sync(path)
+            sync(path)
         os.rename(scratch, self._root / str(number))
-        _sync(self._root)
+        sync(self._root)
         self._remove(below=number)
 
     def load(self) -> Checkpoint | None:
@@ -112,13 +113,5 @@ class Checkpoints:
             if number < below:
                 place = self._root / str(number)
                 (place / MARKER).unlink(missing_ok=True)
-                _sync(place)
+                sync(place)
                 shutil.rmtree(place)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

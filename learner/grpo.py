@@ -161,14 +161,6 @@ class GRPO(Algorithm):
 
     needs = Needs(fresh=True)
 
-    @property
-    def passes(self) -> int:
-        return self.settings.fresh.epochs
-
-    @property
-    def minibatches(self) -> int:
-        return self.settings.fresh.minibatches
-
     def plan(self, examples: Examples, models: Models) -> Plan:
         drawn = draw(thumbs_of(examples), models, self.settings.ppo.unfinished_penalty)
         groups = torch.tensor(drawn.groups)

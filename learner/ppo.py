@@ -257,14 +257,6 @@ class PPO(Algorithm):
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
-    @property
-    def passes(self) -> int:
-        return self.settings.fresh.epochs
-
-    @property
-    def minibatches(self) -> int:
-        return self.settings.fresh.minibatches
-
     def plan(self, examples: Examples, models: Models) -> Plan:
         drawn = draw(thumbs_of(examples), models, self.settings.ppo.unfinished_penalty)
         assert drawn.values is not None

@@ -24,6 +24,7 @@ from torch import Tensor
 from learner.reward import Calibration
 from learner.reward_report import FitReport
 from thumbwheel.errors import AdapterError
+from thumbwheel.store import sync
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
@@ -65,12 +66,12 @@ def write(root: Path, manifest: RewardManifest, weights: dict[str, Tensor]) -> s
         (scratch / MANIFEST).write_text(manifest.model_copy(update={"version": version}).model_dump_json(indent=1))
         (scratch / MARKER).write_text(_digest(scratch) + "\n")
         for path in (scratch / WEIGHTS, scratch / MANIFEST, scratch / MARKER, scratch):
-            _sync(path)
+            sync(path)
         os.rename(scratch, root / version)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    _sync(root)
+    sync(root)
     return version
 
 
@@ -108,11 +109,3 @@ def _digest(directory: Path) -> str:
         with open(directory / name, "rb") as file:
             total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
     return f"sha256:{total.hexdigest()}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

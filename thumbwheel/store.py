@@ -83,13 +83,13 @@ class AdapterStore:
             digest = digest_of(scratch)
             (scratch / MARKER).write_text(digest + "\n")
             for name in (*FILES, MARKER):
-                _sync(scratch / name)
-            _sync(scratch)
+                sync(scratch / name)
+            sync(scratch)
             try:
                 os.rename(scratch, place)
             except OSError as error:
                 raise AdapterError(f"adapter version {version} could not be put in place: {error}") from error
-            _sync(self.root)
+            sync(self.root)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -206,7 +206,8 @@ def fingerprint(model: Path) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make what is written to a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -28,7 +28,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["2"]
 
 
-@pytest.mark.parametrize("crash_at", ["os.rename", "torch.save", "learner.checkpoint._sync"])
+@pytest.mark.parametrize("crash_at", ["os.rename", "torch.save", "learner.checkpoint.sync"])
 def test_a_save_that_does_not_end_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str
 ) -> None:

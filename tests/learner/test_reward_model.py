@@ -519,7 +519,7 @@ def test_a_write_that_fails_leaves_nothing(model: RewardModel, tmp_path: Path, m
     def full(path: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("learner.reward_store._sync", full)
+    monkeypatch.setattr("learner.reward_store.sync", full)
     with pytest.raises(OSError, match="no space"):
         model.save(tmp_path)
     assert not list(tmp_path.iterdir())
