@@ -6,17 +6,23 @@ computes them again. Queries that share a key head are multiplied together (grou
 Scores are products in the model's dtype, as they are in eager attention, and so are probabilities; in between, torch's
 softmax computes in fp32.
 
+In Llama's layers the rotation of queries and keys (Su et al., "RoFormer", arXiv 2104.09864, equation 34) is part of the
+operation: it happens while they are laid out for it.
+
 For CPUs, where torch's own kernel takes two to five times as long on chat-sized rows. Covered: causal models in which
 every layer attends to everything (`covers`). A call without tiles goes to transformers' sdpa.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from learner import fused, lora
 
 NAME = "tiles"
 TILE = 128
@@ -47,11 +53,16 @@ def install(model: Any) -> None:
     """Make `model` attend by tiles where it is given some and this module is the fastest; it has to be on a CPU."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
-    if model.device.type == "cpu" and covers(model):
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    if model.device.type != "cpu" or not covers(model):
+        return
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    for module in model.modules():
+        if fused.alike(module, LlamaAttention):
+            module.forward = partial(layer, module)
 
 
 def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[Tile]:
@@ -98,6 +109,29 @@ def _seen(part: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return (keys <= queries) & ((part[keys] == 0) | (part[keys] == part[queries]))
 
 
+def layer(
+    module: Any,
+    hidden_states: Tensor,
+    tiles: Sequence[Tile] | None = None,
+    only: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """LlamaAttention's forward, 1 × tokens × width, where there are tiles; else its own.
+
+    What comes out is of all positions or `only` of some.
+    """
+    if tiles is None:
+        return type(module).forward(module, hidden_states, **options)
+    query, key, value = (
+        each.view(each.shape[1], -1, module.head_dim)
+        for each in lora.project(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
+    )
+    cos, sin = (each[0] for each in options["position_embeddings"])
+    mixed: Tensor = _Attention.apply(query, key, value, cos, sin, module.scaling, tiles)  # type: ignore[no-untyped-call]
+    mixed = mixed.view(*hidden_states.shape[:-1], -1)
+    return module.o_proj(mixed if only is None else mixed.index_select(1, only)), None
+
+
 def attention(
     module: Any,
     query: Tensor,
@@ -117,14 +151,41 @@ def attention(
         )
         return other
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    result: Tensor = _Attention.apply(query[0], key[0], value[0], scale, tiles)  # type: ignore[no-untyped-call]
+    by_token = (each[0].transpose(0, 1) for each in (query, key, value))
+    result: Tensor = _Attention.apply(*by_token, None, None, scale, tiles)  # type: ignore[no-untyped-call]
     return result[None], None
 
 
-def _grouped(query: Tensor, heads: int) -> Tensor:
-    """Heads × tokens × width → key heads × (tokens · queries a key head) × width, contiguous, tokens first."""
-    count, tokens, width = query.shape
-    return query.view(heads, count // heads, tokens, width).transpose(1, 2).reshape(heads, -1, width)
+def _laid_out(x: Tensor, heads: int, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """Tokens × heads of queries × width → key heads × (tokens · queries a key head) × width, tokens first; rotated."""
+    tokens, count, width = x.shape
+    result = x.new_empty(heads, tokens, count // heads, width)
+    by_token = result.transpose(0, 1)
+    _turn(x.reshape(by_token.shape), by_token, cos, sin)
+    return result.view(heads, -1, width)
+
+
+def _by_token(x: Tensor, tokens: int, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """The way back from `_laid_out`, as its gradient: what was rotated is turned back."""
+    heads, _, width = x.shape
+    result = x.new_empty(tokens, heads, x.shape[1] // tokens, width)
+    _turn(x.view(heads, tokens, -1, width).transpose(0, 1), result, cos, sin, back=True)
+    return result.view(tokens, -1, width)
+
+
+def _turn(x: Tensor, result: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool = False) -> None:
+    """Write x to `result`, both tokens × … × width, rotated by angles of which cos and sin are tokens × width.
+
+    A pair of numbers is one of the first half and its fellow of the second. `back` is the transpose of that.
+    """
+    if cos is None or sin is None:
+        result.copy_(x)
+        return
+    (x1, x2), (y1, y2) = x.chunk(2, -1), result.chunk(2, -1)
+    cos1, cos2 = cos[:, None, None].chunk(2, -1)
+    sin1, sin2 = sin[:, None, None].chunk(2, -1)
+    torch.mul(x1, cos1, out=y1).addcmul_(x2, sin2 if back else sin1, value=1 if back else -1)
+    torch.mul(x2, cos2, out=y2).addcmul_(x1, sin1 if back else sin2, value=-1 if back else 1)
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, tile: Tile) -> Tensor:
@@ -138,30 +199,43 @@ def _probabilities(query: Tensor, key: Tensor, scale: float, tile: Tile) -> Tens
 
 
 class _Attention(torch.autograd.Function):
-    """Query heads × tokens × width, keys and values key heads × tokens × width → tokens × heads × width."""
+    """Queries tokens × heads × width, keys and values tokens × key heads × width → tokens × heads × width.
+
+    With cos and sin, tokens × width, queries and keys are rotated first.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, tiles: Sequence[Tile]) -> Tensor:
-        heads, tokens, _ = key.shape
-        repeat = len(query) // heads
-        grouped, key, value = _grouped(query, heads), key.contiguous(), value.contiguous()
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        scale: float,
+        tiles: Sequence[Tile],
+    ) -> Tensor:
+        tokens, heads, _ = key.shape
+        repeat = query.shape[1] // heads
+        query, key = _laid_out(query, heads, cos, sin), _laid_out(key, heads, cos, sin)
+        value = _laid_out(value, heads)
         result = query.new_empty(tokens, heads, repeat, value.shape[-1])
         for tile in tiles:
             queries, keys = slice(tile.start * repeat, tile.stop * repeat), slice(tile.first, tile.stop)
-            weights = _probabilities(grouped[:, queries], key[:, keys], scale, tile)
+            weights = _probabilities(query[:, queries], key[:, keys], scale, tile)
             mixed = weights @ value[:, keys]
             result[tile.start : tile.stop] = mixed.view(heads, tile.stop - tile.start, repeat, -1).transpose(0, 1)
-        ctx.save_for_backward(grouped, key, value)
+        ctx.save_for_backward(query, key, value, cos, sin)
         ctx.scale, ctx.tiles = scale, tiles
         return result.view(tokens, heads * repeat, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        heads, tokens, width = key.shape
+        query, key, value, cos, sin = ctx.saved_tensors
+        heads, tokens, _ = key.shape
         repeat = query.shape[1] // tokens
-        slopes = _grouped(outputs[0].transpose(0, 1), heads)
+        slopes = _laid_out(outputs[0], heads)
         wide = torch.promote_types(key.dtype, torch.float32)
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
@@ -174,10 +248,6 @@ class _Attention(torch.autograd.Function):
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_query[:, queries] = d_scores @ key[:, keys]
             d_key[:, keys] += d_scores.transpose(1, 2) @ query[:, queries]
-        by_head = (
-            d_query.mul_(ctx.scale)
-            .view(heads, tokens, repeat, width)
-            .transpose(1, 2)
-            .reshape(heads * repeat, tokens, width)
-        )
-        return by_head, d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype), None, None
+        d_query = _by_token(d_query.mul_(ctx.scale), tokens, cos, sin)
+        d_key = _by_token(d_key.mul_(ctx.scale).to(key.dtype), tokens, cos, sin)
+        return d_query, d_key, _by_token(d_value.to(value.dtype), tokens), None, None, None, None

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from learner import lora
+
 
 def install(model: Any) -> None:
     """Let norms and gated layers in `model` compute as described above, if it is on a CPU."""
@@ -25,9 +27,9 @@ def install(model: Any) -> None:
     if model.device.type != "cpu":
         return
     for module in model.modules():
-        if _alike(module, LlamaRMSNorm):
+        if alike(module, LlamaRMSNorm):
             module.forward = partial(norm, module)
-        elif _alike(module, LlamaMLP) and isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation):
+        elif alike(module, LlamaMLP) and isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation):
             module.forward = partial(gated, module)
 
 
@@ -39,12 +41,12 @@ def norm(module: Any, x: Tensor) -> Tensor:
 
 def gated(module: Any, x: Tensor) -> Tensor:
     """LlamaMLP's forward, … × width."""
-    gate, up = module.gate_proj(x), module.up_proj(x)
+    gate, up = lora.project(x, (module.gate_proj, module.up_proj))
     result: Tensor = module.down_proj(_Gated.apply(gate, up))  # type: ignore[no-untyped-call]
     return result
 
 
-def _alike(module: Any, other: type[torch.nn.Module]) -> bool:
+def alike(module: Any, other: type[torch.nn.Module]) -> bool:
     """Whether a module's `forward` has been compiled to the code of another class's."""
     own = getattr(type(module).forward, "__code__", None)
     code = other.forward.__code__

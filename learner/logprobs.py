@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learner import attention
+from learner import attention, tail
 from thumbwheel.errors import SettingsError
 
 CHUNK = 128
@@ -116,12 +116,16 @@ def _read(model: Any, rows: Sequence[Row], groups: Sequence[Sequence[int]], flat
         options = {"attention_mask": attention.mask(lengths, longest).to(model.device)}
     if options:
         options["position_ids"] = torch.tensor(positions, device=model.device).view(count, -1)
+    chosen = torch.tensor([place for places in wanted for place in places], device=model.device)
+    early = flat and tail.installed(model)
+    if early:
+        options["wanted"] = chosen
     # Without options attention is causal over each row, so that no real position sees padding.
     hidden: Tensor = model.base_model(
         input_ids=torch.tensor(ids, device=model.device).view(count, -1), use_cache=False, **options
     ).last_hidden_state
-    chosen = torch.tensor([place for places in wanted for place in places], device=model.device)
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, chosen)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return hidden if early else hidden.index_select(0, chosen)
 
 
 def token_logprobs(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ reference is therefore always the bare base model, never the version that traini
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from learner import attention, fused, lora
+from learner import attention, fused, lora, tail
 from learner.logprobs import check_output_layer
 from learner.ranks import device
 from thumbwheel.errors import AdapterError, SettingsError
@@ -23,6 +24,9 @@ from thumbwheel.settings import Settings
 from thumbwheel.store import Adapter, fingerprint
 
 logger = logging.getLogger(__name__)
+
+KERNELS = "512"
+"""How many kernels oneDNN keeps, one for each shape that it has met: twice as many take 100 MB and save no time."""
 
 
 class Policy:
@@ -39,6 +43,7 @@ class Policy:
         self._base = base.eval().requires_grad_(False)
         attention.install(base)
         fused.install(base)
+        tail.install(base)
         self._peft: Any = None
         self.start(None)
 
@@ -49,6 +54,7 @@ class Policy:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)  # read when torch first multiplies
         path = settings.path(settings.engine.model)
         identity = fingerprint(path)
         try:

@@ -42,7 +42,7 @@ def test_layers_run_twice_only_while_it_is_on(exact: Policy) -> None:
 
 
 def test_what_is_kept_grows_with_tokens_and_has_no_square_in_it(exact: Policy) -> None:
-    small, large = kept(exact.model, 16), kept(exact.model, 64)
+    small, large = kept(exact.model, 64), kept(exact.model, 256)
     assert 3.5 * small < large < 4.1 * small
     bare = tiny(torch.float64).requires_grad_(False)
     assert kept(bare, 16) == 0, "nothing to train, nothing to keep"

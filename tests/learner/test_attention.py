@@ -69,6 +69,48 @@ def test_every_row_sees_what_it_would_see_alone(
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("tile", [4, 128])
+def test_a_layer_of_llamas_is_transformers_own_row_by_row(
+    monkeypatch: pytest.MonkeyPatch, tile: int, frozen: bool
+) -> None:
+    """Rotation of queries and keys included, forward and gradient, to the input and to weights that are trained."""
+    monkeypatch.setattr(attention, "TILE", tile)
+    model, other = (tiny(torch.float64).requires_grad_(not frozen) for _ in range(2))
+    attention.install(model)
+    lengths = [[3, 2], [9], [1]]
+    torch.manual_seed(0)
+    states = torch.randn(1, 15, model.config.hidden_size, dtype=torch.float64)
+    ours, theirs = (each.base_model.layers[0].self_attn for each in (model, other))
+    assert "forward" in vars(ours)
+    found = []
+    for module, rows in ((ours, [15]), (theirs, [5, 9, 1])):
+        given = states.clone().requires_grad_()
+        outputs = []
+        places = [torch.arange(5), torch.arange(9), torch.arange(1)]
+        parts = [torch.cat(places)] if module is ours else places
+        options = {"tiles": attention.tiles(lengths, torch.float64)} if module is ours else {}
+        for part, place in zip(torch.split(given, rows, 1), parts, strict=True):
+            angles = tuple(each.double() for each in other.base_model.rotary_emb(part, place[None]))
+            outputs.append(module(part, position_embeddings=angles, attention_mask=None, **options)[0])
+        mixed = torch.cat(outputs, 1)
+        slope = torch.linspace(-1, 1, mixed.numel(), dtype=torch.float64).view_as(mixed)
+        trained = [] if frozen else list(module.parameters())
+        found.append([mixed, *torch.autograd.grad((mixed * slope).sum(), [given, *trained])])
+    for mine, their in zip(*found, strict=True):
+        torch.testing.assert_close(mine, their, rtol=0, atol=1e-12)
+
+
+def test_what_is_rotated_and_turned_back_is_what_it_was() -> None:
+    torch.manual_seed(0)
+    x, angle = torch.randn(7, 6, 8, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    cos, sin = (torch.cat([each, each], -1) for each in (angle.cos(), angle.sin()))
+    turned = attention._laid_out(x, 2, cos, sin)
+    assert turned.shape == (2, 21, 8)
+    assert not torch.allclose(turned, attention._laid_out(x, 2))
+    torch.testing.assert_close(attention._by_token(turned, 7, cos, sin), x)
+
+
 def test_no_tile_is_longer_than_it_may_be_and_each_token_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TILE", 4)
     made = attention.tiles([[2, 2], [11, 7], [1], [3, 1]])

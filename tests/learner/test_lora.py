@@ -66,6 +66,42 @@ def test_finite_differences_agree() -> None:
     assert torch.autograd.gradcheck(fused, (x, a, b))
 
 
+def test_layers_that_read_the_same_go_together_adapted_or_not() -> None:
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    weights = [torch.randn(out, 5, dtype=torch.float64) for out in (4, 6, 3)]
+    bias = torch.randn(6, dtype=torch.float64)
+    a, b, c, d = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5), (4, 2), (1, 5), (3, 1)))
+    for each in (x, a, b, c, d):
+        each.requires_grad_()
+
+    def together(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+        parts = (weights[0], None, a, b, 1.5), (weights[1], bias, None, None, 1.0), (weights[2], None, c, d, 0.5)
+        return lora._Fused.apply(x, *(each for part in parts for each in part))  # type: ignore[no-untyped-call]
+
+    found = together(x, a, b, c, d)
+    torch.testing.assert_close(found[0], x @ weights[0].t() + 1.5 * x @ a.t() @ b.t())
+    torch.testing.assert_close(found[1], x @ weights[1].t() + bias)
+    torch.testing.assert_close(found[2], x @ weights[2].t() + 0.5 * x @ c.t() @ d.t())
+    assert torch.autograd.gradcheck(together, (x, a, b, c, d))
+
+
+def test_a_layer_that_something_is_hooked_on_is_called() -> None:
+    def itself(layer: Any) -> Any:
+        return layer
+
+    for which in (itself, Linear.get_base_layer):
+        model = adapted()
+        attention = model.base_model.model.model.layers[0].self_attn
+        layers = (attention.q_proj, attention.k_proj)
+        x = torch.randn(3, layers[0].in_features, dtype=torch.float64)
+        before = lora.project(x, layers)
+        hooked: Any = which(layers[1])
+        hooked.register_forward_hook(lambda *seen: seen[-1] + 1)
+        after = lora.project(x, layers)
+        torch.testing.assert_close(after[0], before[0])
+        torch.testing.assert_close(after[1], before[1] + 1)
+
+
 def test_a_bias_of_the_base_counts_and_the_base_is_not_written_to() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(5, 3))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
