@@ -59,6 +59,10 @@ def argv(settings: Settings, port: int) -> list[str]:
     # requests in one batch then end the engine (0.32, punica_cpu.add_lora_logits).
     modules = ["--lora-target-modules", *settings.learner.target_modules]
     flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+    if cpu_build():
+        # A prompt that is taken up in parts, with a seed, winds a generator back; torch's for CPUs cannot do that, and
+        # the engine ends (0.32, gpu_model_runner.py). Without parts a batch has to hold the longest prompt.
+        flags.append("--no-enable-chunked-prefill")
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pairs, *modules, *flags, *engine.arguments]
 
 

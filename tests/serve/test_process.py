@@ -48,6 +48,7 @@ def test_the_command_line_serves_adapters_on_the_loopback_and_nothing_else(
     assert options["--max-loras"] == slots
     assert options["--logprobs-mode"] == "processed_logprobs"
     assert words[-1] == "--enforce-eager"
+    assert ("--no-enable-chunked-prefill" in words) == cpu
     assert "lm_head" not in words[words.index("--lora-target-modules") :]
 
 
