@@ -67,6 +67,8 @@ def check(log: Log, settings: Settings, scratch: Path) -> list[str]:
     place = settings.data / "learner"
     checkpoint = Checkpoints(place / "checkpoints").load()
     working = checkpoint.cursor.feedback_ids if checkpoint else ()
+    if manifests and set(working) == set(manifests[-1].learned_from.feedback_ids):
+        working = ()  # killed between submitting and clearing: one of the points, which the next start mends
     assert not set(working) & set(learned)
     buffer = Buffer(place / "buffer.sqlite", VOCABULARY, one_tenth, log.identity)
     replay = Buffer(scratch / "replay.sqlite", VOCABULARY, one_tenth, log.identity)
