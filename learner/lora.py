@@ -88,9 +88,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         parts: list[_Part] = [flat[i : i + 5] for i in range(0, len(flat), 5)]
-        rows, none = x.reshape(-1, x.shape[-1]), x.new_empty(0, 0)
-        low_as = [none.new_empty(0, rows.shape[1]) if a is None else a.to(x.dtype) for _, _, a, _, _ in parts]
-        low_bs = [none.new_empty(len(w), 0) if b is None else (b * s).to(x.dtype) for w, _, _, b, s in parts]
+        rows = x.reshape(-1, x.shape[-1])
+        low_as = [x.new_empty(0, rows.shape[1]) if a is None else a.to(x.dtype) for _, _, a, _, _ in parts]
+        low_bs = [x.new_empty(len(w), 0) if b is None else (b * s).to(x.dtype) for w, _, _, b, s in parts]
         ctx.ranks = [len(low_a) for low_a in low_as]
         low_a = torch.cat(low_as) if len(low_as) > 1 else low_as[0]
         inner = rows @ low_a.t()  # tokens × all ranks

@@ -26,7 +26,8 @@ from thumbwheel.store import Adapter, fingerprint
 logger = logging.getLogger(__name__)
 
 KERNELS = "512"
-"""How many kernels oneDNN keeps, one for each shape that it has met: twice as many take 100 MB and save no time."""
+"""How many kernels oneDNN keeps, one for each shape that it has met: twice as many took 40 MB more after two
+updates and saved no time; with half as many a step took 8% longer."""
 
 
 class Policy:
