@@ -34,12 +34,18 @@ class Policy:
     """One model in memory, one adapter in it. Made with the adapter that `start` gives it; starts from the base."""
 
     def __init__(self, base: Any, settings: Settings, base_fingerprint: str) -> None:
-        """`base` is a causal language model of transformers; it is frozen and altered in place."""
+        """`base` is a causal language model of transformers; it is frozen and altered in place.
+
+        Raises SettingsError where a stop token is outside its vocabulary.
+        """
         check_output_layer(base.config)
         self.base_fingerprint = base_fingerprint
         self.vocabulary: int = base.get_output_embeddings().weight.shape[0]
         ends = base.generation_config.eos_token_id
-        self.stop = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        chosen = settings.engine.stop_token_ids
+        if unknown := [id for id in chosen if id >= self.vocabulary]:
+            raise SettingsError(f"[engine] stop_token_ids: the model has {self.vocabulary} tokens and no {unknown[0]}")
+        self.stop = frozenset([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *chosen])
         self._settings = settings
         self._base = base.eval().requires_grad_(False)
         attention.install(base)

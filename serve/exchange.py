@@ -68,7 +68,9 @@ class Exchange:
         self._arrived = arrived
         self._id = new_id()
         self._stored = request.get("store") is not False
-        self._forwarded, self._injected = inject(endpoint, request, route.engine_model)
+        self._forwarded, self._injected = inject(
+            endpoint, request, route.engine_model, line.settings.engine.stop_token_ids
+        )
         self._capture = Capture(endpoint, request)
         self._first_token_s: float | None = None
         self._started = False

@@ -4,6 +4,7 @@ vLLM sends `null` for log-probs and token ids that nobody asked for, so taking t
 and their order stay. One kind of streamed chunk is there only because ids or log-probs were asked for: `strip_chunk`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +20,22 @@ class Injected:
     token_ids: bool = False
 
 
-def inject(endpoint: Endpoint, request: Json, engine_model: str) -> tuple[Json, Injected]:
-    """The request to forward, and what was added to it.
+def inject(
+    endpoint: Endpoint, request: Json, engine_model: str, stop_token_ids: Sequence[int] = ()
+) -> tuple[Json, Injected]:
+    """The request to forward, and what was added to it that has to come out of the answer again.
 
-    Nothing is added where that would change what the client gets: `echo` (the echoed text goes missing, and prompt
+    The tokens of `stop_token_ids` end an answer beside those that the client named; as with the model's own end token,
+    `ignore_eos` turns them off.
+
+    Nothing else is added where that would change what the client gets: `echo` (the echoed text goes missing, and prompt
     log-probs are computed), beam search and prompt embeddings (they have no sampled log-probs), and mistakes that
     vLLM answers with 400 (`top_logprobs` without `logprobs`).
     """
     forwarded = {**request, "model": engine_model}
+    named = request.get("stop_token_ids") or []
+    if stop_token_ids and isinstance(named, list) and not request.get("ignore_eos"):
+        forwarded["stop_token_ids"] = [*named, *stop_token_ids]
     if request.get("echo") or request.get("use_beam_search") or request.get("prompt_embeds"):
         return forwarded, Injected()
     asked = request.get("logprobs")

@@ -100,6 +100,9 @@ class EngineSettings(Section):
     max_loras: Annotated[int, Field(ge=2)] = 3
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
     max_model_len: Count = 2048
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Tokens that end an answer beside the model's own end tokens; the one with which its chat template opens a turn,
+    say: an adapter that learned to end early may open the user's turn instead, and no thumb speaks against it."""
     start_timeout_s: Positive = 600.0
     request_timeout_s: Positive = 600.0
 

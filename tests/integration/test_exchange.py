@@ -10,9 +10,10 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import Gateway, comparable
+from tests.serving import Gateway, Host, comparable, gateway
 from tests.shapes import ASK, CHAT, SHAPES, TOOL, tool_messages
 from thumbwheel.events import Choice, ResponseGenerated
+from thumbwheel.settings import EngineSettings
 
 pytestmark = pytest.mark.engine
 
@@ -168,6 +169,24 @@ def test_a_tool_call_is_recorded_whole(
     sent = json.loads(raw.removeprefix("<tool_call>").removesuffix("</tool_call>"))
     assert sent == {"name": name, "arguments": json.loads(arguments)}
     assert len(choice.logprobs) == len(choice.token_ids)
+
+
+def test_a_stop_token_ends_an_answer_that_would_go_on_as_somebody_else(
+    host: Host, tmp_path: Path, engine_url: str, engine_base: str, model_dir: Path
+) -> None:
+    """The adapter that opens the user's turn is played by a bias for the token with which a turn begins."""
+    (turn,) = tokenizer(model_dir).encode("<|im_start|>")
+    request = {"model": "policy", "messages": ASK, "logit_bias": {str(turn): 100}, "max_tokens": 8}
+    ended = []
+    for chosen in ([], [turn]):
+        data = tmp_path / str(len(chosen))
+        with gateway(host, data, engine_url, engine_base, engine=EngineSettings(stop_token_ids=chosen)) as running:
+            headers = {"Authorization": f"Bearer {running.app_key}"}
+            answer = httpx.post(f"{running.url}{CHAT}", json=request, headers=headers, timeout=60).json()
+            (choice,) = running.exchange(answer["id"]).choices
+        assert answer["choices"][0]["message"]["content"] == choice.text == decoded(model_dir, choice)
+        ended.append((choice.finish_reason, choice.token_ids))
+    assert ended == [("length", [turn] * 8), ("stop", [turn])]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,10 +8,10 @@ import torch
 
 from learner.logprobs import Row, sequence_logprobs
 from learner.policy import Policy
-from tests.learner.conftest import move, tiny
+from tests.learner.conftest import VOCABULARY, move, tiny
 from thumbwheel.errors import AdapterError, SettingsError
 from thumbwheel.manifest import KLBound, LearnedFrom, Manifest
-from thumbwheel.settings import LearnerSettings, Settings
+from thumbwheel.settings import EngineSettings, LearnerSettings, Settings
 from thumbwheel.store import Adapter, AdapterStore, fingerprint
 
 ROW = [Row([2, 3], [4, 5, 6])]
@@ -117,3 +117,11 @@ def test_the_models_path_is_relative_to_the_data_directory(settings: Settings, t
         update={"data": tiny_dir.parent, "engine": settings.engine.model_copy(update={"model": Path(tiny_dir.name)})}
     )
     assert Policy.load(moved).base_fingerprint == fingerprint(tiny_dir)
+
+
+def test_an_answer_ends_with_the_models_own_end_token_or_a_chosen_one(settings: Settings) -> None:
+    chosen = settings.model_copy(update={"engine": EngineSettings(stop_token_ids=[3])})
+    assert Policy(tiny(), chosen, "sha256:test").stop == {1, 3}
+    strange = settings.model_copy(update={"engine": EngineSettings(stop_token_ids=[VOCABULARY])})
+    with pytest.raises(SettingsError, match=rf"stop_token_ids: the model has {VOCABULARY} tokens"):
+        Policy(tiny(), strange, "sha256:test")

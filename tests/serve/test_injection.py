@@ -72,3 +72,20 @@ def test_unknown_fields_pass_untouched_and_the_request_itself_is_left_alone() ->
     assert json.dumps(request) == before
     added = {"model": "policy@v7", "logprobs": True, "top_logprobs": 0, "return_token_ids": True}
     assert forwarded == request | added
+
+
+@pytest.mark.parametrize(
+    ("request_", "sent"),
+    [
+        ({}, [1, 7]),
+        ({"stop_token_ids": None}, [1, 7]),
+        ({"stop_token_ids": [5]}, [5, 1, 7]),
+        ({"stop_token_ids": "no list"}, "no list"),  # vLLM answers this with 400, and must be let
+        ({"ignore_eos": True, "stop_token_ids": [5]}, [5]),
+        ({"ignore_eos": True}, None),
+    ],
+)
+def test_our_stop_tokens_end_an_answer_beside_those_of_the_client(request_: Any, sent: Any) -> None:
+    forwarded, injected = inject("chat.completions", request_, "policy@v1", [1, 7])
+    assert forwarded.get("stop_token_ids") == sent
+    assert injected == Injected(True, True)

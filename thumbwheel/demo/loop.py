@@ -35,6 +35,7 @@ data = "{data}"
 model = "{model}"
 max_loras = 3
 max_lora_rank = 8
+stop_token_ids = [1]  # <|im_start|>
 arguments = ["--enforce-eager", "--max-num-batched-tokens", "2048"]
 environment = {{ VLLM_CPU_KVCACHE_SPACE = "1" }}
 
