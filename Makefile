@@ -22,8 +22,9 @@ READY := .venv/.ready
 demo: setup
 	$(BIN)/thumbwheel demo --log $(LOG)
 
+# Two processes: half of the time a test waits for another program. One thread in each, or they wait for each other.
 test: lint
-	$(BIN)/pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup --durations=15
 
 unit: setup
 	$(BIN)/pytest -q -m "not engine and not kube and not kafka"

@@ -15,7 +15,7 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows, st.floats(-3, 3))
 def test_the_loss_is_the_papers(rows: list[tuple[float, float, bool, float]], delta: float) -> None:
     policy, reference, ups, weights = (np.array(column) for column in zip(*rows, strict=True))
@@ -26,7 +26,7 @@ def test_the_loss_is_the_papers(rows: list[tuple[float, float, bool, float]], de
     assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-9, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows, st.floats(-3, 3))
 def test_a_pairs_loss_is_never_below_that_of_dpo(rows: list[tuple[float, float, bool, float]], delta: float) -> None:
     """Theorem 1, for any δ: the loss of a chosen up and a rejected down bounds that of the pair."""

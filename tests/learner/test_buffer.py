@@ -64,7 +64,7 @@ def test_a_vote_that_has_not_settled_is_not_ready(buffer: Buffer) -> None:
     assert buffer.count_ready(100.0) == (1, 0)
 
 
-@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 8), max_size=4), votes_first=st.booleans())
 def test_any_cutting_and_repeating_of_the_log_gives_the_same_buffer(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], votes_first: bool

@@ -24,7 +24,7 @@ def columns(pairs: list[tuple[float, float, int, int, float]]) -> list[np.ndarra
     return [np.array(column, dtype=float) for column in zip(*pairs, strict=True)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(pairs, st.floats(0, 0.45))
 def test_the_losses_are_the_papers(pairs: list[tuple[float, float, int, int, float]], flipped: float) -> None:
     chosen, rejected, chosen_tokens, rejected_tokens, weights = columns(pairs)
@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_finite_differences(loss: Callable[..., Tensor])
     assert torch.autograd.gradcheck(loss, (chosen.requires_grad_(), rejected.requires_grad_()))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(-5, 5), st.floats(0, 0.45))
 def test_robust_is_on_average_the_loss_of_the_true_labels(margin: float, flipped: float) -> None:
     better, worse = torch.tensor([margin], dtype=torch.float64), torch.zeros(1)
@@ -91,7 +91,7 @@ def test_ipo_stops_at_its_margin_a_token() -> None:
     assert (loss.item(), gradient.item()) == (0, 0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_weights_follow_trust_and_sum_to_the_pairs(trust: list[float]) -> None:
     given = torch.tensor(trust, dtype=torch.float64)

@@ -53,7 +53,7 @@ def test_an_answers_loss_is_gspos() -> None:
     assert ours.tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=6), min_size=1, max_size=5), st.randoms())
 def test_advantages_are_relative_to_the_group_in_whatever_order(rewards: list[list[float]], random: Any) -> None:
     rows = [(group, reward) for group, each in enumerate(rewards) for reward in each]

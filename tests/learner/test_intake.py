@@ -394,7 +394,7 @@ MUTATIONS = st.dictionaries(
 )
 
 
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     mutations=st.lists(MUTATIONS, max_size=5),
     fields=st.fixed_dictionaries({}, optional=FIELDS),

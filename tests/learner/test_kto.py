@@ -37,7 +37,7 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows, st.floats(-20, 20))
 def test_the_loss_is_the_papers(rows: list[tuple[float, float, bool, float]], z0: float) -> None:
     policy, reference, ups, weights = (list(column) for column in zip(*rows, strict=True))
@@ -91,7 +91,7 @@ def test_an_up_pulls_up_and_a_down_pushes_down() -> None:
     assert gradient.tolist() == pytest.approx([-0.025, 0.025])  # βσ′(0) = 0.1 · 0.25
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.floats(0.1, 4), st.floats(0.1, 4))
 def test_classes_weigh_as_asked_whatever_the_batch_holds(ups: list[bool], weight_up: float, weight_down: float) -> None:
     weights = kto.class_weights(ups, weight_up, weight_down)
@@ -104,7 +104,7 @@ def test_classes_weigh_as_asked_whatever_the_batch_holds(ups: list[bool], weight
 votes = st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(votes, st.floats(0.1, 4), st.floats(0.1, 4))
 def test_classes_weigh_as_asked_by_trust(votes: list[tuple[bool, float]], weight_up: float, weight_down: float) -> None:
     ups, trust = [up for up, _ in votes], [trusted for _, trusted in votes]
@@ -133,7 +133,7 @@ def test_mismatched_pairs_are_the_papers_where_all_rows_differ() -> None:
 few = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(few)
 def test_no_prompt_meets_an_answer_of_its_own_and_nothing_is_used_twice(pairs: list[tuple[int, int]]) -> None:
     rows = [Row([prompt], [10 + answer]) for prompt, answer in pairs]
@@ -145,7 +145,7 @@ def test_no_prompt_meets_an_answer_of_its_own_and_nothing_is_used_twice(pairs: l
         assert Counter(getattr(row, column)[0] for row in made) <= before
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=15))
 def test_no_row_is_left_out_while_no_prompt_has_more_than_half(prompts: list[int]) -> None:
     rows = [Row([prompt], [10 + i]) for i, prompt in enumerate(prompts)]
@@ -177,7 +177,7 @@ def test_a_z0_below_zero_is_reported_and_not_used() -> None:
     assert kto.diagnose(*batch).z0 == 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=8))
 def test_a_moving_average_starts_as_the_mean(samples: list[float]) -> None:
     average = kto.MovingAverage()

@@ -282,7 +282,7 @@ def expected(
     return pairs
 
 
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50)
 @given(responses=RESPONSES, votes=VOTES, data=st.data())
 def test_pairs_follow_from_what_is_there_and_not_from_its_order_and_none_comes_back(
     tmp_path_factory: pytest.TempPathFactory,

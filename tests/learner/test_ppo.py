@@ -199,7 +199,7 @@ def test_nothing_in_the_padding_reaches_a_loss_or_a_gradient() -> None:
     assert not gradient[~batch.mask].any()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(0, 30), st.integers(1, 500))
 def test_the_controller_is_the_papers(kl: float, answers: int) -> None:
     controller = ppo.Controller(beta=0.1, target=6.0, horizon=10000)
@@ -250,7 +250,7 @@ def test_rows_that_something_else_sampled_are_dropped() -> None:
     assert ppo.near(proximal, behaviour, mask).tolist() == [True, True, False, False]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0.01, 2), min_size=1, max_size=20))
 def test_the_effective_share_is_kishs(weights: list[float]) -> None:
     padded = torch.tensor([[*weights, 50.0]], dtype=torch.float64)
@@ -272,7 +272,7 @@ def test_an_empty_batch_is_not_enough() -> None:
     assert not ppo.enough(torch.ones(2, 3), torch.zeros(2, 3).bool())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.booleans(), min_size=2, max_size=19).filter(lambda ups: len(set(ups)) == 2))
 def test_thumbs_are_rewards_with_mean_zero_and_classes_that_pull_alike(ups: list[bool]) -> None:
     given = torch.tensor(ups)

@@ -13,7 +13,7 @@ from learner import reward
 scores = st.floats(-30, 30)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(scores, scores, st.floats(0.1, 5)), min_size=1, max_size=9))
 def test_a_pairs_loss_is_the_papers(pairs: list[tuple[float, float, float]]) -> None:
     chosen, rejected, weights = (np.array(column) for column in zip(*pairs, strict=True))
@@ -22,7 +22,7 @@ def test_a_pairs_loss_is_the_papers(pairs: list[tuple[float, float, float]]) -> 
     assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-9, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(scores, scores, st.booleans(), st.floats(0.1, 5)), min_size=1, max_size=9))
 def test_a_thumbs_loss_is_the_cross_entropy(thumbs: list[tuple[float, float, bool, float]]) -> None:
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*thumbs, strict=True)]
@@ -107,7 +107,7 @@ def test_a_lavish_user_a_hated_topic_and_length_are_not_the_answers_merit() -> N
 trusts = st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(trusts, trusts, st.floats(0.1, 3), st.floats(0.1, 3))
 def test_pairs_and_thumbs_weigh_as_asked(
     pairs: list[float], thumbs: list[float], weight_pairs: float, weight_thumbs: float
