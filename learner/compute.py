@@ -6,6 +6,7 @@ no state but the frozen base, and what they need of the rest comes with each job
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from learner.activations import checkpointing, needs_checkpointing
 from learner.algorithm import Algorithm
 from learner.batch import Plan, of_one_prompt, parts
+from learner.lanes import side_by_side
 from learner.logprobs import Row, completion_hidden, token_logprobs
 from learner.policy import Policy
 from learner.ranks import ALONE, Ranks
 from thumbwheel.errors import AdapterError
 
-PART_TOKENS = 1024
+PART_TOKENS = 768
 """Tokens that go through the model together. More are no faster on a CPU, and take more memory."""
 CUDA_PART_TOKENS = 8192
 
@@ -132,22 +134,30 @@ def work(
     shape = (len(plan.rows), longest)
     logprobs = torch.zeros(shape, dtype=parameters[0].dtype, device=policy.device)
     values = torch.zeros_like(logprobs) if algorithm.head is not None and not job.reference else None
-    for indexes in ranks.share(job.parts):
-        rows = [plan.rows[i] for i in indexes]
-        checkpointing(policy.model, job.backward and needs_checkpointing(policy.model, sum(map(len, rows))))
+    share = ranks.share(job.parts)
+    count = lanes(policy.device)
+    most = max((sum(len(plan.rows[i]) for i in indexes) for indexes in share), default=0)
+    checkpointing(policy.model, job.backward and needs_checkpointing(policy.model, count * most))
+
+    def part(indexes: list[int]) -> tuple[list[int], Tensor, Tensor | None, Sequence[Tensor | None]]:
         with torch.set_grad_enabled(job.backward):
-            if job.reference:
-                with policy.reference():
-                    seen, valued = _forward(policy, rows, None)
-            else:
-                seen, valued = _forward(policy, rows, algorithm.head)
+            rows = [plan.rows[i] for i in indexes]
+            seen, valued = _forward(policy, rows, None if job.reference else algorithm.head)
+            slopes: Sequence[Tensor | None] = ()
             if job.backward:
                 loss, _ = algorithm(plan.batch(indexes, seen, valued))
-                torch.autograd.backward(loss)
-        logprobs[indexes, : seen.shape[1]] = seen.detach().to(logprobs)
-        if values is not None and valued is not None:
-            values[indexes, : seen.shape[1]] = valued.detach().to(values)
-        progress(len(rows))
+                slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return indexes, seen.detach(), None if valued is None else valued.detach(), slopes
+
+    with policy.reference() if job.reference else nullcontext(), side_by_side(part, share, count) as results:
+        for indexes, seen, valued, slopes in results:  # in their order, so that sums come out the same
+            logprobs[indexes, : seen.shape[1]] = seen.to(logprobs)
+            if values is not None and valued is not None:
+                values[indexes, : seen.shape[1]] = valued.to(values)
+            for parameter, slope in zip(parameters, slopes, strict=False):
+                if slope is not None:
+                    parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
+            progress(len(indexes))
     checkpointing(policy.model, on=False)
     both = [logprobs] if values is None else [logprobs, values]
     if job.backward:
@@ -157,6 +167,11 @@ def work(
     else:
         ranks.add(both)
     return logprobs, values
+
+
+def lanes(device: torch.device) -> int:
+    """How many parts go through the model side by side: two on a CPU, where torch has the threads for that."""
+    return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
 def _forward(policy: Policy, rows: Sequence[Row], head: torch.nn.Linear | None) -> tuple[Tensor, Tensor | None]:

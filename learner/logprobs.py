@@ -16,8 +16,8 @@ from torch.nn import functional
 from learner import attention, tail
 from thumbwheel.errors import SettingsError
 
-CHUNK = 128
-"""Rows of logits that are whole at a time: 128 × 49152 in fp32 is 25 MB."""
+CHUNK = 64
+"""Rows of logits that are whole at a time: 64 × 49152 in fp32 is 13 MB."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ from thumbwheel.store import Adapter, fingerprint
 
 logger = logging.getLogger(__name__)
 
-KERNELS = "512"
-"""How many kernels oneDNN keeps, one for each shape that it has met: twice as many took 40 MB more after two
-updates and saved no time; with half as many a step took 8% longer."""
+KERNELS = "192"
+"""How many kernels oneDNN keeps, one for each shape that it has met. What the layers of two parts need at a time fits
+in; 512 took 160 MB more and saved no time."""
 
 
 class Policy:
