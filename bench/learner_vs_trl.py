@@ -301,7 +301,7 @@ def run(name: str, model: Path, count: int) -> Any:
     made, warm = pairs(model, count), pairs(model, 16, seed=1)
     match name.split():
         case ["compare", kind]:
-            return compare(model, kind, made[:8])
+            return compare(model, kind, made[:4])
         case ["ours", kind]:
             return ours(model, kind, made, warm).__dict__
         case ["theirs", kind]:

@@ -4,6 +4,7 @@ Two threads of one core each, which each have a half to do, are faster than two 
 operations gain nothing from a second core, and each operation ends with a wait for the slower of the two.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ def side_by_side(do: Callable[[Item], Result], items: Sequence[Item], lanes: int
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (threads // lanes,))
     try:
-        begun = [pool.submit(do, item) for item in items]
-        yield (each.result() for each in begun)
+        begun = deque(pool.submit(do, item) for item in items)
+        yield (begun.popleft().result() for _ in items)  # what was taken is kept no longer
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # a thread's own number, but in part everybody's

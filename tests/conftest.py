@@ -19,6 +19,7 @@ hypothesis.settings.register_profile("thumbwheel", deadline=None)  # no test is 
 hypothesis.settings.load_profile("thumbwheel")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that want the same real part run in one process, which starts it once, and no two of them at once."""
     for item in items:
