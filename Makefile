@@ -17,14 +17,20 @@ export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LI
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test unit lint format bench setup clean
+.PHONY: demo test test-engine test-others unit lint format bench setup clean
 
 demo: setup
 	$(BIN)/thumbwheel demo --log $(LOG)
 
-# Two processes: half of the time a test waits for another program. One thread in each, or they wait for each other.
+# Two at a time: half of the time a test waits for another program. One thread in each, or they wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup --durations=15
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-engine test-others
+
+test-engine: setup
+	$(BIN)/pytest -q --durations=10 -m "engine or kube"
+
+test-others: setup
+	$(BIN)/pytest -q --durations=10 -m "not engine and not kube"
 
 unit: setup
 	$(BIN)/pytest -q -m "not engine and not kube and not kafka"

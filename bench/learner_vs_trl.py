@@ -292,7 +292,7 @@ def compare(model: Path, kind: str, made: list[tuple[Row, Row]]) -> dict[str, fl
     return found
 
 
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4)
 
 
 def run(name: str, model: Path, count: int) -> Any:

@@ -13,18 +13,9 @@ from tests.serving import Gateway, Host, gateway
 from tests.unavailable import unavailable
 
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
-PARTS = ("engine", "kafka", "kube")
 
 hypothesis.settings.register_profile("thumbwheel", deadline=None)  # no test is about how long it takes
 hypothesis.settings.load_profile("thumbwheel")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that want the same real part run in one process, which starts it once, and no two of them at once."""
-    for item in items:
-        if part := next((name for name in PARTS if item.get_closest_marker(name)), None):
-            item.add_marker(pytest.mark.xdist_group(part))
 
 
 @pytest.fixture(scope="session")
