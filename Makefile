@@ -17,23 +17,21 @@ export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LI
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-engine test-others unit lint format bench setup clean
+.PHONY: demo test parts unit lint format bench setup clean
 
 demo: setup
 	$(BIN)/thumbwheel demo --log $(LOG)
 
-# Two at a time: half of the time a test waits for another program. One thread in each, or they wait for each other.
+# Two halves at a time: half of its time a test waits for another program. One thread each, or they wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-engine test-others
+	@echo "The tests run in two halves, side by side; each is heard of when it is done, after 10 to 20 minutes."
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync parts unit
 
-test-engine: setup
-	$(BIN)/pytest -q --durations=10 -m "engine or kube"
-
-test-others: setup
-	$(BIN)/pytest -q --durations=10 -m "not engine and not kube"
+parts: setup
+	$(BIN)/pytest -q --durations=10 -m "engine or kube or kafka"
 
 unit: setup
-	$(BIN)/pytest -q -m "not engine and not kube and not kafka"
+	$(BIN)/pytest -q --durations=10 -m "not engine and not kube and not kafka"
 
 lint: setup
 	$(BIN)/ruff check .
