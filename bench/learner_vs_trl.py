@@ -292,7 +292,8 @@ def compare(model: Path, kind: str, made: list[tuple[Row, Row]]) -> dict[str, fl
     return found
 
 
-SIZES = (1, 2, 4)
+SETTINGS = ("1 autocast", "2 autocast", "4 autocast", "1 plain", "2 plain")
+"""Batch sizes of TRL, with and without autocast. Larger ones pad more."""
 
 
 def run(name: str, model: Path, count: int) -> Any:
@@ -348,10 +349,7 @@ def main() -> None:
 
     fastest = {}
     for kind in ("KTO", "DPO"):
-        tried = {
-            setting: Measured(**measure(f"theirs {kind} {setting}", model, chosen.count))
-            for setting in [*(f"{size} autocast" for size in SIZES), "2 plain"]
-        }
+        tried = {setting: Measured(**measure(f"theirs {kind} {setting}", model, chosen.count)) for setting in SETTINGS}
         for setting, one in tried.items():
             show(f"theirs {kind} {setting}", [one])
         fastest[kind] = max(tried, key=lambda setting: tried[setting].speed)
