@@ -51,11 +51,13 @@ bench: setup
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+# The trainers of TRL that a test compares with are of two versions: the older one lies where only that test looks.
+$(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
 		--editable '.[learner,$(ENGINE),demo,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target .venv/oracles trl==1.12.0
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ This bounds the DPO loss from above (theorem 1), the closer the nearer δ is to 
 
 δ is a constant to the gradient: a moving average (`kto.MovingAverage`) of the midpoints of past batches, zero at
 first, where policy and reference agree and the midpoint is zero too. Each class counts for half of it, whatever the
-batch holds; a batch of one class has no midpoint and leaves δ as it is. TRL's BCO trainer (0.24; 1.16 has none) took
+batch holds; a batch of one class has no midpoint and leaves δ as it is. TRL's BCO trainer (1.13 has the last) took
 the mean over all rows instead, so that the larger class draws δ to itself. Left out: the paper's matching of prompt
 distributions, since ups and downs here come from the same traffic.
 

@@ -1,7 +1,8 @@
 """Losses and gradients against TRL 1.16: its own trainers, on the same tokens, the same tiny model and settings.
 
 TRL runs its collator, its padded forward passes and its loss; ours are the learner's forward passes, bucket by bucket,
-and the functions under test. TRL 1.16 has no PPO and no BCO trainer; BCO is compared with its pairwise form in DPO.
+and the functions under test. TRL 1.16 has no PPO and no BCO trainer: BCO is compared with its
+pairwise form in DPO here, and both with older trainers in test_older_trl.py.
 """
 
 import importlib.util
@@ -19,34 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from learner import bco, dpo, grpo, kto, reward
 from learner.logprobs import Row, buckets, completion_hidden, sequence_logprobs, token_logprobs
 from learner.policy import Policy
-from tests.learner.conftest import VOCABULARY, move, tiny
+from tests.learner.conftest import move, tiny
+from tests.learner.trainers import CASES, MAX_LENGTH, ROWS, config, cut, dataset, tokenizer, trained
 from tests.unavailable import unavailable
 from thumbwheel.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own, of the engine that it could use among others
-
-MAX_LENGTH = 8
-"""TRL cuts prompt and answer off here; ours are given the rows as the log has them, cut off already."""
-
-ROWS = [
-    (Row([2, 3], [4, 5, 1]), True),
-    (Row([6], [7, 8, 9, 1]), False),
-    (Row([10, 11, 12], [13, 1]), False),
-    (Row([14, 15], [16, 17, 18, 19, 1]), True),
-    (Row([20], [21, 22, 1]), False),
-]
-CASES = {
-    "five": ROWS,
-    "two": ROWS[:2],
-    "one": ROWS[:1],
-    "ups": [(row, True) for row, _ in ROWS],
-    "downs": [(row, False) for row, _ in ROWS[:3]],
-    "one prompt twice": [*ROWS, (Row([2, 3], [24, 25, 1]), False), (Row([2, 3], [24, 1]), True)],
-    "one prompt": [(Row([2, 3], row.completion), up) for row, up in ROWS],
-    "the same row twice": [*ROWS, ROWS[0]],
-    "one token": [(Row(row.prompt, row.completion[:1]), up) for row, up in ROWS],
-    "cut off": [(Row(row.prompt, [*row.completion[:-1], 26, 27, 28, 29, 30]), up) for row, up in ROWS],
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,14 +49,9 @@ def trl() -> Any:
         return SimpleNamespace(**{name: getattr(trl, name) for name in names})
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"t{id}": id for id in range(VOCABULARY)}, unk_token="t31"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1")
+@pytest.fixture(scope="module", name="tokenizer")
+def made_tokenizer() -> Any:
+    return tokenizer()
 
 
 @pytest.fixture
@@ -101,22 +75,6 @@ def policy(settings: Settings) -> Policy:
     return made
 
 
-def config(trl: Any, kind: str, place: Path, **options: Any) -> Any:
-    made: Any = getattr(trl, f"{kind}Config")
-    return made(output_dir=str(place), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, **options)
-
-
-def dataset(*rows: dict[str, Any]) -> Any:
-    """What a trainer asks for when it is made; the rows that are compared go to its collator."""
-    from datasets import Dataset  # type: ignore[import-untyped]
-
-    return Dataset.from_list(list(rows))
-
-
-def cut(row: Row) -> Row:
-    return Row(row.prompt, row.completion[: MAX_LENGTH - len(row.prompt)])
-
-
 def scored(policy: Policy, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Sequence log-probs of policy and reference, bucket by bucket; the first with its gradient."""
     ours, reference = torch.zeros(len(rows)), torch.zeros(len(rows))
@@ -126,14 +84,6 @@ def scored(policy: Policy, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), policy.reference():
             reference[bucket] = sequence_logprobs(policy.model, part)
     return ours, reference
-
-
-def trained(model: Any) -> dict[str, Tensor]:
-    return {
-        name.replace("base_model.model.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def agree(loss: Tensor, model: Any, expected: Tensor, their_model: Any, scale: float | None = None) -> None:
@@ -156,7 +106,7 @@ def test_kto(trl: Any, tokenizer: Any, ours: Policy, theirs: Any, tmp_path: Path
         model=theirs,
         ref_model=tiny(),
         args=config(
-            trl, "KTO", tmp_path, loss_type=kind, desirable_weight=1.3, undesirable_weight=0.9, max_length=MAX_LENGTH
+            trl.KTOConfig, tmp_path, loss_type=kind, desirable_weight=1.3, undesirable_weight=0.9, max_length=MAX_LENGTH
         ),
         train_dataset=dataset({"prompt": "t2", "completion": " t3 t1", "label": True}),
         processing_class=tokenizer,
@@ -197,7 +147,7 @@ def preference_trainer(trl: Any, tokenizer: Any, theirs: Any, place: Path, kind:
     return trl.DPOTrainer(
         model=theirs,
         ref_model=tiny(),
-        args=config(trl, "DPO", place, loss_type=[kind], max_length=MAX_LENGTH, **options),
+        args=config(trl.DPOConfig, place, loss_type=[kind], max_length=MAX_LENGTH, **options),
         train_dataset=dataset({"prompt": "t2", "chosen": " t3 t1", "rejected": " t4 t1"}),
         processing_class=tokenizer,
     )
@@ -265,7 +215,7 @@ def test_the_reward_models_pair_loss(trl: Any, tokenizer: Any, tmp_path: Path, c
     their_model.load_state_dict(model.state_dict())
     trainer = trl.RewardTrainer(
         model=their_model,
-        args=config(trl, "Reward", tmp_path, center_rewards_coefficient=centre),
+        args=config(trl.RewardConfig, tmp_path, center_rewards_coefficient=centre),
         train_dataset=dataset({"chosen": "t2 t3 t1", "rejected": "t2 t4 t1"}),
         processing_class=tokenizer,
     )
@@ -313,7 +263,7 @@ def test_grpo(trl: Any, tokenizer: Any, ours: Policy, theirs: Any, tmp_path: Pat
             "completion_ids": completions,
             "logprobs": [[0.0] * len(completion) for completion in completions],
         },
-        args=config(trl, "GRPO", tmp_path, num_generations=2, per_device_train_batch_size=2, **options),
+        args=config(trl.GRPOConfig, tmp_path, num_generations=2, per_device_train_batch_size=2, **options),
         train_dataset=dataset({"prompt": "t2"}),
         processing_class=tokenizer,
     )
