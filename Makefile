@@ -2,6 +2,7 @@
 #             LOG=kafka: the same on Apache Kafka, one broker from $KAFKA_HOME or the cluster that
 #             $THUMBWHEEL_LOG__KAFKA__BOOTSTRAP names
 # make test   formatting, types, every test
+# make unit   the tests that take no more than a minute
 # Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LI
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test parts unit lint format bench setup clean
+.PHONY: demo test parts rest unit lint format bench setup clean
 
 demo: setup
 	$(BIN)/thumbwheel demo --log $(LOG)
@@ -25,13 +26,16 @@ demo: setup
 # Two halves at a time: half of its time a test waits for another program. One thread each, or they wait for each other.
 test: lint
 	@echo "The tests run in two halves, side by side; each is heard of when it is done, after 10 to 20 minutes."
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync parts unit
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync parts rest
 
 parts: setup
-	$(BIN)/pytest -q --durations=10 -m "engine or kube or kafka"
+	$(BIN)/pytest -q --durations=10 -m "engine or kafka"
+
+rest: setup
+	$(BIN)/pytest -q --durations=10 -m "not engine and not kafka"
 
 unit: setup
-	$(BIN)/pytest -q --durations=10 -m "not engine and not kube and not kafka"
+	$(BIN)/pytest -q -m "not engine and not kafka and not kube and not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,9 +2,9 @@
 
     python -m bench.learner_vs_trl [--model DIR] [--rounds N]
 
-The same rows of real text (prompts of 20 to 600 tokens, answers of 20 to 96), the same model in bf16 (the demo's,
-unless --model names another), the same LoRA adapter with the same weights, two threads, each contestant a process of
-its own:
+The same rows of real text (prompts of 20 to 600 tokens, answers as long as the model's own to the demo's questions),
+the same model in bf16 (the demo's, unless --model names another), the same LoRA adapter with the same weights, two
+threads, each contestant a process of its own:
 
     kto            KTOTrainer as it comes: KL on mismatched pairs, references in the step, checkpointing, batches of 8
     kto best       the same loss as ours (APO-zero), references computed once before, no checkpointing, rows sorted by
@@ -43,6 +43,8 @@ from torch import Tensor
 
 from learner.gguf import demo_model
 from learner.logprobs import Row, completion_hidden, token_logprobs
+from learner.sampler import sample
+from thumbwheel.demo.prompts import TRAFFIC_SUBJECTS, questions
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
@@ -50,6 +52,8 @@ RANK = 8
 BETA = 0.1
 BATCH = 16
 """Rows of an optimizer step of ours: the default of [learner] batch."""
+ANSWER_TOKENS = 256
+"""The longest answer: a limit that an app would set."""
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -66,8 +70,19 @@ class Measured:
         return self.tokens / self.seconds
 
 
-def pairs(model: Path, count: int, seed: int = 0) -> list[tuple[Row, Row]]:
-    """Prompts with two answers each: windows of this repository's own text, lengths drawn as described above."""
+def answer_lengths(model: Path, count: int) -> list[int]:
+    """Of real answers: tokens of what the model says to the demo's questions, at temperature 1."""
+    from bench.algorithms import Words
+
+    policy, words = our_policy(model), Words(model)
+    prompts = [words.prompt(question) for question in questions(TRAFFIC_SUBJECTS, count, seed=0)]
+    with policy.reference():
+        rows = sample(policy.model, prompts, ANSWER_TOKENS, policy.stop, torch.Generator().manual_seed(0))
+    return [len(row.completion) for row in rows]
+
+
+def pairs(model: Path, lengths: Sequence[int], seed: int = 0) -> list[tuple[Row, Row]]:
+    """Prompts with two answers each: windows of this repository's own text, the answers of these lengths."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -79,10 +94,10 @@ def pairs(model: Path, count: int, seed: int = 0) -> list[tuple[Row, Row]]:
         start = chance.randrange(len(ids) - length)
         return list(ids[start : start + length])
 
-    made = []
+    made, count = [], len(lengths) // 2
     for i in range(count):
         prompt = window(int(20 * 30 ** (i / (count - 1))))
-        answers = [[*window(chance.randint(19, 95)), tokenizer.eos_token_id] for _ in range(2)]
+        answers = [[*window(length - 1), tokenizer.eos_token_id] for length in lengths[2 * i : 2 * i + 2]]
         made.append((Row(prompt, answers[0]), Row(prompt, answers[1])))
     chance.shuffle(made)
     return made
@@ -296,10 +311,10 @@ SETTINGS = ("1 autocast", "2 autocast", "4 autocast", "1 plain", "2 plain")
 """Batch sizes of TRL, with and without autocast. Larger ones pad more."""
 
 
-def run(name: str, model: Path, count: int) -> Any:
+def run(name: str, model: Path, lengths: Sequence[int]) -> Any:
     """In the contestant's own process. `name` is `ours KIND`, `theirs KIND [SIZE autocast|plain]` or `compare KIND`."""
     torch.set_num_threads(THREADS)
-    made, warm = pairs(model, count), pairs(model, 16, seed=1)
+    made, warm = pairs(model, lengths), pairs(model, lengths[: 2 * BATCH], seed=1)
     match name.split():
         case ["compare", kind]:
             return compare(model, kind, made[:4])
@@ -312,9 +327,9 @@ def run(name: str, model: Path, count: int) -> Any:
     raise SystemExit(f"no contestant is called {name}")
 
 
-def measure(name: str, model: Path, count: int) -> Any:
+def measure(name: str, model: Path, lengths: Sequence[int]) -> Any:
     command = [sys.executable, "-m", "bench.learner_vs_trl", "--contestant", name]
-    command += ["--model", str(model), "--count", str(count)]
+    command += ["--model", str(model), "--lengths", *map(str, lengths)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, stderr=subprocess.DEVNULL)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -331,17 +346,21 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="rows, and pairs, of a run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the answers, two a prompt; else the model's own")
     chosen = parser.parse_args()
     if chosen.contestant:
         warnings.filterwarnings("ignore")
         with redirect_stdout(sys.stderr):
-            found = run(chosen.contestant, chosen.model, chosen.count)
+            found = run(chosen.contestant, chosen.model, chosen.lengths)
         print(json.dumps(found))
         return
     model = chosen.model or demo_model(ROOT / ".cache" / "models")
+    lengths = chosen.lengths or answer_lengths(model, 2 * chosen.count)
+    print(f"answers of {min(lengths)} to {max(lengths)} tokens, {statistics.mean(lengths):.0f} in the mean: ", end="")
+    print(*lengths, flush=True)
 
     for kind in ("KTO", "DPO"):
-        found = measure(f"compare {kind}", model, chosen.count)
+        found = measure(f"compare {kind}", model, lengths)
         print(f"{kind}'s loss, ours and theirs: fp32 {found['ours fp32']:.5f} {found['theirs fp32']:.5f}, ", end="")
         print(f"bf16 {found['ours bf16']:.5f} {found['theirs bf16']:.5f}; a token's log-prob is off by ", end="")
         print(f"{found['ours off']:.4f} {found['theirs off']:.4f} nats in bf16", flush=True)
@@ -349,7 +368,7 @@ def main() -> None:
 
     fastest = {}
     for kind in ("KTO", "DPO"):
-        tried = {setting: Measured(**measure(f"theirs {kind} {setting}", model, chosen.count)) for setting in SETTINGS}
+        tried = {setting: Measured(**measure(f"theirs {kind} {setting}", model, lengths)) for setting in SETTINGS}
         for setting, one in tried.items():
             show(f"theirs {kind} {setting}", [one])
         fastest[kind] = max(tried, key=lambda setting: tried[setting].speed)
@@ -359,7 +378,7 @@ def main() -> None:
     results: dict[str, list[Measured]] = {name: [] for name in names}
     for _ in range(chosen.rounds):
         for name, command in names.items():
-            results[name].append(Measured(**measure(command, model, chosen.count)))
+            results[name].append(Measured(**measure(command, model, lengths)))
     for name, measured in results.items():
         show(f"{name} ({names[name]})", measured)
 

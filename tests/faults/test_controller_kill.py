@@ -17,6 +17,8 @@ from thumbwheel.log import message_of, open_log
 from thumbwheel.reader import RolloutFollower
 from thumbwheel.settings import load
 
+pytestmark = pytest.mark.slow
+
 CONTROL = "from deploy.controller import run; from thumbwheel.settings import load; run(load())"
 VERSIONS = 24
 

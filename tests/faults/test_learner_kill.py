@@ -22,6 +22,8 @@ from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["plain_settings", "tiny_dir"]
 
 VOTES = 240

@@ -11,6 +11,8 @@ from tests.faults.log import Size, balances, run
 from tests.faults.traffic import Told, Vote
 from tests.kafka import needs_release
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.kafka
 def test_nothing_acknowledged_is_lost_doubled_or_disordered_by_kills_and_a_pause(tmp_path: Path) -> None:

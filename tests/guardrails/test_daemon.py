@@ -35,6 +35,8 @@ from thumbwheel.log.kafka.log import KafkaLog
 from thumbwheel.log.port import read_all
 from thumbwheel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 DIGEST = "sha256:1"
 
 

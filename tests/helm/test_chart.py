@@ -12,6 +12,8 @@ from tests.helm.kube import helm, rendered
 from tests.helm.values_schema import CHART, FILE, updated
 from thumbwheel.settings import Settings, load
 
+pytestmark = pytest.mark.slow
+
 EVERYTHING: dict[str, Any] = {
     "image": {"prefix": "registry.example/thumbwheel-", "tag": "9"},
     "imagePullSecrets": [{"name": "registry"}],

@@ -23,6 +23,8 @@ from thumbwheel.log.kafka.log import KafkaLog
 from thumbwheel.settings import LearnerSettings, LogSettings, Settings
 from thumbwheel.store import AdapterStore
 
+pytestmark = pytest.mark.slow
+
 
 def test_importing_the_daemon_imports_nothing_heavy() -> None:
     code = "import sys, learner.daemon; sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"

@@ -13,6 +13,8 @@ from tests.learner.making import VARIANTS
 from tests.learner.ranked import updated
 from thumbwheel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:

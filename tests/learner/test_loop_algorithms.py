@@ -22,6 +22,8 @@ from thumbwheel.log import Log, SqliteLog
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
+pytestmark = pytest.mark.slow
+
 GOOD = 5
 Start = Callable[..., Learner]
 

@@ -20,6 +20,8 @@ from tests.learner.trainers import CASES, cut, trained
 from tests.unavailable import unavailable
 from thumbwheel.settings import EngineSettings, LearnerSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -20,6 +20,8 @@ from thumbwheel.events import Choice
 from thumbwheel.log import SqliteLog
 from thumbwheel.settings import EngineSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

@@ -18,6 +18,8 @@ from thumbwheel.log import SqliteLog
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -20,6 +20,8 @@ from tests.learner.conftest import move, tiny
 from thumbwheel.errors import AdapterError, SettingsError, ThumbwheelError
 from thumbwheel.settings import LearnerSettings, RewardSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 GOOD, BAD = 7, 8
 """The last token of answers that users like, and of those that they do not."""
 PROMPTS = [[2, 3], [4, 5], [6, 2, 3]]

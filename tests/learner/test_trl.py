@@ -25,7 +25,8 @@ from tests.learner.trainers import CASES, MAX_LENGTH, ROWS, config, cut, dataset
 from tests.unavailable import unavailable
 from thumbwheel.settings import Settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own, of the engine that it could use among others
+# Warnings are TRL's own, of the engine that it could use among others.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,6 +21,8 @@ from thumbwheel.log.port import read_all
 from thumbwheel.settings import GatewaySettings, Settings
 from thumbwheel.store import fingerprint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def stub() -> Iterator[EngineStub]:

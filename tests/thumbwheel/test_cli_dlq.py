@@ -14,6 +14,8 @@ from thumbwheel.events import FEEDBACK, ROLLOUT
 from thumbwheel.log import Log, open_log
 from thumbwheel.settings import load
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_dead_letter_is_listed_shown_and_given_back_byte_for_byte(config: Path, log: Log) -> None:
     value = b'{"schema_version": "9.0", "a": [1, "\xc3\xb6"]}\n'

@@ -26,6 +26,8 @@ from thumbwheel.log import Message, SqliteLog, open_log
 from thumbwheel.log.copy import ALL
 from thumbwheel.settings import EngineSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = """
 data = "{data}"
 [engine]

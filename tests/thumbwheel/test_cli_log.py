@@ -21,6 +21,8 @@ from thumbwheel.log.copy import ALL
 from thumbwheel.log.kafka.topics import make
 from thumbwheel.settings import load
 
+pytestmark = pytest.mark.slow
+
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,8 @@ from thumbwheel.log.kafka.connection import Connection
 from thumbwheel.log.kafka.topics import make
 from thumbwheel.settings import load
 
+pytestmark = pytest.mark.slow
+
 
 class Following:
     """A `log tail` at work, and the lines of its two outputs as they come."""

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 from thumbwheel.daemon import Daemon
 class Told(Daemon):

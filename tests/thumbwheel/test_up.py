@@ -13,6 +13,8 @@ import pytest
 
 from tests.thumbwheel.test_process import wait_until_gone
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import sys
 from pathlib import Path

@@ -14,6 +14,8 @@ from thumbwheel.log.deadletter import dlq
 from thumbwheel.log.outbox import FORWARDER, HEADROOM, Outbox
 from thumbwheel.log.port import Message, read_all
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 2_000_000
 Open = Callable[..., Outbox]
 

@@ -23,6 +23,8 @@ from thumbwheel.log.kafka.connection import Connection
 from thumbwheel.log.kafka.log import KafkaLog
 from thumbwheel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 0.8
 Act = Callable[[Log], object]
 ONE = [Message("a", "k", 1.0, b"{}")]
