@@ -65,6 +65,11 @@ def install(model: Any) -> None:
             module.forward = partial(layer, module)
 
 
+def installed(model: Any) -> bool:
+    """Whether `model` reads rows laid end to end, without padding."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[Tile]:
     """Of sequences laid end to end, each a prompt and its answers: their lengths, the prompt first.
 

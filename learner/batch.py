@@ -5,6 +5,7 @@ with the policy's log-probs, differentiable. Losses add up: over the batches tha
 loss of the whole, so that memory holds one of them at a time.
 """
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -102,6 +103,20 @@ def parts(plan: Plan, tokens: int, at_least: int = 1) -> list[list[int]]:
         result.append([row for unit in order[:fit] for row in plan.units[unit]])
         order = order[fit:]
     return result
+
+
+def even_parts(plan: Plan, tokens: int, among: int = 1) -> list[list[int]]:
+    """Indexes of rows to go through a model that needs no padding: parts of about `tokens`, all of like size.
+
+    Their number is a multiple of `among`, if there are units for that: so many, who share them, are done together.
+    """
+    cost = [_cost([plan.rows[i] for i in unit]) for unit in plan.units]
+    wanted = -(-sum(cost) // (tokens * among)) * among
+    bins: list[tuple[int, int, list[int]]] = [(0, i, []) for i in range(min(wanted, len(cost)))]
+    for unit in sorted(range(len(cost)), key=cost.__getitem__, reverse=True):  # longest first, to where there is least
+        total, place, rows = bins[0]
+        heapq.heapreplace(bins, (total + cost[unit], place, [*rows, *plan.units[unit]]))
+    return [rows for *_, rows in sorted(bins, key=lambda each: (-each[0], each[1]))]
 
 
 def _cost(rows: Sequence[Row]) -> int:

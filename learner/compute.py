@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from learner import attention
 from learner.activations import checkpointing, needs_checkpointing
 from learner.algorithm import Algorithm
-from learner.batch import Plan, of_one_prompt, parts
+from learner.batch import Plan, even_parts, of_one_prompt, parts
 from learner.lanes import side_by_side
 from learner.logprobs import Row, completion_hidden, token_logprobs
 from learner.policy import Policy
 from learner.ranks import ALONE, Ranks
 from thumbwheel.errors import AdapterError
 
-PART_TOKENS = 768
+PART_TOKENS = 640
 """Tokens that go through the model together. More are no faster on a CPU, and take more memory."""
 CUDA_PART_TOKENS = 8192
 
@@ -92,8 +93,11 @@ class Compute:
     ) -> tuple[Tensor, Tensor | None]:
         several = self._ranks.size > 1
         weights = [parameter.detach() for parameter in self.parameters()] if several else []
-        tokens = CUDA_PART_TOKENS if self._policy.device.type == "cuda" else PART_TOKENS
-        cut = parts(plan, tokens, self._ranks.size)
+        device = self._policy.device
+        if attention.installed(self._policy.model):
+            cut = even_parts(plan, PART_TOKENS, self._ranks.size * lanes(device))
+        else:
+            cut = parts(plan, CUDA_PART_TOKENS if device.type == "cuda" else PART_TOKENS, self._ranks.size)
         job = Job(plan, cut, weights, backward, reference)
         self._ranks.tell(job)
         # In the middle of common work nobody may leave: there, being stopped waits for its end.

@@ -73,12 +73,12 @@ def completion_hidden(model: Any, rows: Sequence[Row]) -> Tensor:
     and has the positions that it has alone. Where the model attends by tiles all sequences are one, without padding.
     """
     shared = _groups(rows)
-    kind = model.config._attn_implementation
-    if kind == attention.NAME:
+    if attention.installed(model):
         return _read(model, rows, shared, flat=True)
     alone = [[i] for i in range(len(rows))]
     # A mask costs the fastest kernels, and long answers fill what a short prompt saves with padding.
-    pays = _padded(rows, shared) < 0.75 * _padded(rows, alone) and kind == "sdpa" and attention.covers(model)
+    masks = model.config._attn_implementation == "sdpa" and attention.covers(model)
+    pays = masks and _padded(rows, shared) < 0.75 * _padded(rows, alone)
     return _read(model, rows, shared if pays else alone, flat=False)
 
 

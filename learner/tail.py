@@ -28,7 +28,7 @@ class Tail(LlamaDecoderLayer):  # type: ignore[misc]
 def install(model: Any) -> None:
     """Let the last layer compute as described above, in a model that attends by tiles and is made as Llama is."""
     layers = getattr(model.base_model, "layers", None)
-    if model.config._attn_implementation != attention.NAME or not layers:
+    if not attention.installed(model) or not layers:
         return
     if fused.alike(layers[-1], LlamaDecoderLayer) and fused.alike(layers[-1].self_attn, LlamaAttention):
         layers[-1].__class__ = Tail
