@@ -2,7 +2,7 @@
 #             LOG=kafka: the same on Apache Kafka, one broker from $KAFKA_HOME or the cluster that
 #             $THUMBWHEEL_LOG__KAFKA__BOOTSTRAP names
 # make test   formatting, types, every test
-# make unit   the tests that take no more than a minute
+# make unit   the tests that neither start a program nor train a model: about a minute
 # Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
 
 PYTHON ?= python3

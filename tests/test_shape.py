@@ -22,6 +22,7 @@ def test_imports_go_one_way() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", LIGHT)
 def test_it_imports_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import {module}"
@@ -29,6 +30,7 @@ def test_it_imports_without_torch(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_serve_and_deploy_install_and_start_where_torch_is_not_installed(tmp_path: Path) -> None:
     uv = [sys.executable, "-m", "uv"]
     python = tmp_path / "venv" / "bin" / "python"

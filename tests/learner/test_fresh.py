@@ -24,6 +24,8 @@ from thumbwheel.errors import AdapterError, ThumbwheelError
 from thumbwheel.settings import Settings
 from thumbwheel.store import CONFIG, WEIGHTS, fingerprint
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[2, 3], [9, 8, 7, 6, 5, 4], [4], [5, 5, 5], [2, 3]]
 
 

@@ -26,6 +26,8 @@ from thumbwheel.log import Log, Message, SqliteLog, message_of
 from thumbwheel.log.deadletter import dlq, letters
 from thumbwheel.log.kafka.log import KafkaLog
 
+pytestmark = pytest.mark.slow
+
 Made = Callable[[str], Buffer]
 TABLES = ("votes", "responses", "answers", "held_out", "pairs")
 

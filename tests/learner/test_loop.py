@@ -26,6 +26,8 @@ from thumbwheel.rollout import Rollout
 from thumbwheel.settings import Settings
 from thumbwheel.store import AdapterStore
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., Learner]
 
 

@@ -18,6 +18,8 @@ from tests.learner.making import GOOD, VARIANTS, Made, change, exactly, examples
 from thumbwheel.errors import SettingsError, ThumbwheelError
 from thumbwheel.settings import LearnerSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 every = pytest.mark.parametrize("variant", VARIANTS)
 
 

@@ -16,6 +16,8 @@ from thumbwheel.doctor import Finding, examine
 from thumbwheel.log.outbox import Outbox
 from thumbwheel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def about(settings: Settings, what: str) -> list[Finding]:
     return [finding for finding in examine(settings) if finding.what.startswith(what)]
