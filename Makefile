@@ -2,8 +2,9 @@
 #             LOG=kafka: the same on Apache Kafka, one broker from $KAFKA_HOME or the cluster that
 #             $THUMBWHEEL_LOG__KAFKA__BOOTSTRAP names
 # make test   formatting, types, every test
-# make unit   the tests that neither start a program nor train a model: about a minute
 # Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
+
+# make unit   the tests that neither start a program nor train a model: about a minute
 
 PYTHON ?= python3
 ENGINE ?= engine-cpu
@@ -25,7 +26,7 @@ demo: setup
 
 # Two halves at a time: half of its time a test waits for another program. One thread each, or they wait for each other.
 test: lint
-	@echo "The tests run in two halves, side by side; each is heard of when it is done, after 10 to 20 minutes."
+	@echo "The tests run in two halves, side by side; each is heard of when it is done, after 15 to 20 minutes."
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync parts rest
 
 parts: setup

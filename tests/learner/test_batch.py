@@ -58,7 +58,7 @@ def test_there_are_as_many_even_parts_as_keep_all_who_share_them_busy(
     assert (count - among) * tokens < total  # and no more than that
 
 
-def test_even_parts_of_real_lengths_are_filled() -> None:
+def test_rows_of_many_lengths_are_shared_evenly_by_two() -> None:
     """Sixteen rows from 50 to 800 tokens, shared by two, 640 tokens at a time."""
     made = plan([(50 * (i + 1) - 20, 20) for i in range(16)])
     found = sizes(made, even_parts(made, 640, 2))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from learner import bco, ppo
-from learner.logprobs import Row, sequence_logprobs
 from learner.policy import Policy
-from tests.learner.conftest import move, tiny
 from tests.learner.older_trl import KL_COEFFICIENT, PENALTY, PLACE, RUNS
-from tests.learner.trainers import CASES, cut, trained
+from tests.learner.trainers import CASES, cut, policy, scored, trained
 from tests.unavailable import unavailable
 from thumbwheel.settings import EngineSettings, LearnerSettings, Settings
 
@@ -28,9 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def ours(tiny_dir: Path) -> Policy:
     learner = LearnerSettings(target_modules=["o_proj", "down_proj"])
-    made = Policy(tiny(), Settings(engine=EngineSettings(model=tiny_dir), learner=learner), "sha256:test")
-    move(made, 0.3, seed=3)
-    return made
+    return policy(Settings(engine=EngineSettings(model=tiny_dir), learner=learner))
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +41,6 @@ def theirs(ours: Policy, tmp_path_factory: pytest.TempPathFactory) -> Any:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return torch.load(place / "found")
-
-
-def scored(policy: Policy, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Sequence log-probs of policy and reference, the first with its gradient."""
-    with torch.no_grad(), policy.reference():
-        reference = sequence_logprobs(policy.model, rows)
-    return sequence_logprobs(policy.model, rows), reference
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,10 +100,10 @@ def test_ppos_losses_and_gradients_are_theirs(theirs: Any, run: str) -> None:
     for step in found["steps"]:
         rows = step["rows"]
         mask = ~found["padding_mask"][rows]
-        policy, values = step["policy"].requires_grad_(), step["values"].requires_grad_()
-        loss = ppo.policy_losses(policy, found["logprobs"][rows], found["advantages"][rows], mask).sum() / mask.sum()
+        ours, values = step["policy"].requires_grad_(), step["values"].requires_grad_()
+        loss = ppo.policy_losses(ours, found["logprobs"][rows], found["advantages"][rows], mask).sum() / mask.sum()
         assert loss.item() == pytest.approx(step["policy_loss"], rel=1e-6, abs=1e-9)
-        close(slope(loss, policy), step["policy_slopes"])
+        close(slope(loss, ours), step["policy_slopes"])
         if run != "ragged":  # there one state an answer is more
             each = ppo.value_losses(values, found["values"][rows], found["returns"][rows], mask)
             value_loss = each.sum() / mask.sum()

@@ -1,12 +1,12 @@
 """Losses and gradients against TRL 1.16: its own trainers, on the same tokens, the same tiny model and settings.
 
 TRL runs its collator, its padded forward passes and its loss; ours are the learner's forward passes, bucket by bucket,
-and the functions under test. TRL 1.16 has no PPO and no BCO trainer: BCO is compared with its
-pairwise form in DPO here, and both with older trainers in test_older_trl.py.
+and the functions under test. TRL 1.16 has no PPO and no BCO trainer: BCO is compared with its pairwise form in DPO
+here, and both with older trainers in test_older_trl.py.
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from learner import bco, dpo, grpo, kto, reward
-from learner.logprobs import Row, buckets, completion_hidden, sequence_logprobs, token_logprobs
+from learner.logprobs import Row, completion_hidden, token_logprobs
 from learner.policy import Policy
-from tests.learner.conftest import move, tiny
-from tests.learner.trainers import CASES, MAX_LENGTH, ROWS, config, cut, dataset, tokenizer, trained
+from tests.learner.conftest import tiny
+from tests.learner.trainers import CASES, MAX_LENGTH, ROWS, config, cut, dataset, policy, scored, tokenizer, trained
 from tests.unavailable import unavailable
 from thumbwheel.settings import Settings
 
@@ -67,24 +67,6 @@ def theirs(settings: Settings, tmp_path: Path) -> Any:
 
     policy(settings).save(tmp_path / "adapter")
     return PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"), is_trainable=True).eval()
-
-
-def policy(settings: Settings) -> Policy:
-    """Away from its reference by some nats an answer, in a direction in which z0 is positive for most of the cases."""
-    made = Policy(tiny(), settings, "sha256:test")
-    move(made, 0.3, seed=3)
-    return made
-
-
-def scored(policy: Policy, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Sequence log-probs of policy and reference, bucket by bucket; the first with its gradient."""
-    ours, reference = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for bucket in buckets(rows, tokens=16):
-        part = [rows[i] for i in bucket]
-        ours = ours.index_copy(0, torch.tensor(bucket), sequence_logprobs(policy.model, part))
-        with torch.no_grad(), policy.reference():
-            reference[bucket] = sequence_logprobs(policy.model, part)
-    return ours, reference
 
 
 def agree(loss: Tensor, model: Any, expected: Tensor, their_model: Any, scale: float | None = None) -> None:

@@ -1,12 +1,16 @@
-"""What trainers of TRL are given: rows, a tokenizer and settings, without the version of TRL that it is for."""
+"""What trainers of TRL are given, of whatever version, and our side of the comparison: the policy and its log-probs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from learner.logprobs import Row
-from tests.learner.conftest import VOCABULARY
+from learner.logprobs import Row, buckets, sequence_logprobs
+from learner.policy import Policy
+from tests.learner.conftest import VOCABULARY, move, tiny
+from thumbwheel.settings import Settings
 
 MAX_LENGTH = 8
 """TRL cuts prompt and answer off here; ours are given the rows as the log has them, cut off already."""
@@ -65,3 +69,21 @@ def trained(model: Any) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def policy(settings: Settings) -> Policy:
+    """Away from its reference by some nats an answer, in a direction in which z0 is positive for most of the cases."""
+    made = Policy(tiny(), settings, "sha256:test")
+    move(made, 0.3, seed=3)
+    return made
+
+
+def scored(policy: Policy, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Sequence log-probs of policy and reference, bucket by bucket; the first with its gradient."""
+    ours, reference = torch.zeros(len(rows)), torch.zeros(len(rows))
+    for bucket in buckets(rows, tokens=16):
+        part = [rows[i] for i in bucket]
+        ours = ours.index_copy(0, torch.tensor(bucket), sequence_logprobs(policy.model, part))
+        with torch.no_grad(), policy.reference():
+            reference[bucket] = sequence_logprobs(policy.model, part)
+    return ours, reference
