@@ -12,6 +12,9 @@ from thumbwheel.demo.broker import Cluster
 from thumbwheel.log.kafka import topics
 from thumbwheel.settings import Settings
 
+EAGER = {"log.initial.task.delay.ms": "500", "log.retention.check.interval.ms": "500"}
+"""What is past its retention goes at once, and not when five minutes happen to be over."""
+
 
 @contextmanager
 def bootstrap(directory: Path) -> Iterator[str]:
@@ -20,7 +23,7 @@ def bootstrap(directory: Path) -> Iterator[str]:
         yield given
         return
     needs_release()
-    with Cluster(directory) as cluster:
+    with Cluster(directory, extra=EAGER) as cluster:
         yield cluster.bootstrap
 
 
@@ -31,7 +34,7 @@ def needs_release() -> None:
 
 
 def kafka(address: str, **more: Any) -> dict[str, Any]:
-    """`[log]` on a cluster, with topics and groups that nobody else has."""
+    """`[log]` on a cluster, with topics and groups that nobody else has, that keep what is years old."""
     values = {
         "bootstrap": address,
         "prefix": f"t{uuid.uuid4().hex[:10]}.",
@@ -40,6 +43,8 @@ def kafka(address: str, **more: Any) -> dict[str, Any]:
         "min_insync_replicas": 1,
         "member": "m1",
         "session_timeout_s": 6.0,
+        "response_retention_days": 1e5,
+        "feedback_retention_days": 1e5,
         **more,
     }
     return {"backend": "kafka", "kafka": values}

@@ -14,7 +14,7 @@ from tests import kafka
 from tests.learner.conftest import VOCABULARY, tiny_dir
 from tests.learner.conftest import settings as plain_settings
 from tests.learner.test_loop import decide
-from tests.learner.traffic import KEPT, fill
+from tests.learner.traffic import fill
 from tests.learner.worker import POINTS, started
 from thumbwheel.events import FEEDBACK, RESPONSES, ROLLOUT, CandidateSubmitted, decode
 from thumbwheel.log import Log, open_log
@@ -34,7 +34,7 @@ def settings(request: pytest.FixtureRequest, plain_settings: Settings) -> Settin
     """On the log that a test asks for, SQLite else."""
     if getattr(request, "param", "sqlite") == "sqlite":
         return plain_settings
-    known = kafka.on(request.getfixturevalue("kafka_address"), plain_settings.data, **KEPT)
+    known = kafka.on(request.getfixturevalue("kafka_address"), plain_settings.data)
     return plain_settings.model_copy(update={"log": known.log})
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from learner.daemon import check
 from tests import kafka
-from tests.learner.traffic import KEPT, fill
+from tests.learner.traffic import fill
 from tests.learner.worker import started
 from thumbwheel.demo.broker import free_ports
 from thumbwheel.errors import SettingsError
@@ -89,7 +89,7 @@ def test_started_before_the_broker_it_waits_and_then_learns(
     settings: Settings, kafka_address: str, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
-    known = kafka.on(kafka_address, tmp_path, timeout_s=2.0, **KEPT)
+    known = kafka.on(kafka_address, tmp_path, timeout_s=2.0)
     values = known.log.kafka.model_copy(update={"bootstrap": f"127.0.0.1:{port}"})
     late = settings.model_copy(update={"log": LogSettings(backend="kafka", kafka=values)})
     log = KafkaLog(known)

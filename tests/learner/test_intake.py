@@ -19,7 +19,7 @@ from learner.buffer import Buffer
 from learner.intake import GROUP, Intake
 from tests import kafka
 from tests.learner.conftest import VOCABULARY, respond, vote
-from tests.learner.traffic import KEPT, append, fill
+from tests.learner.traffic import append, fill
 from thumbwheel.errors import LogError
 from thumbwheel.events import FEEDBACK, RESPONSES, Event, encode
 from thumbwheel.log import Log, Message, SqliteLog, message_of
@@ -37,7 +37,7 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
     """Either log."""
     made: Log
     if request.param == "kafka":
-        made = KafkaLog(kafka.on(request.getfixturevalue("kafka_address"), tmp_path, **KEPT))
+        made = KafkaLog(kafka.on(request.getfixturevalue("kafka_address"), tmp_path))
     else:
         made = SqliteLog(tmp_path / "log.sqlite")
     yield made
@@ -377,7 +377,7 @@ def test_on_another_log_what_was_learned_stays_learned_and_nothing_counts_twice(
 
 @pytest.mark.kafka
 def test_from_one_machine_to_kafka_nothing_counts_twice(tmp_path: Path, kafka_address: str, made: Made) -> None:
-    old, new = SqliteLog(tmp_path / "a.sqlite"), KafkaLog(kafka.on(kafka_address, tmp_path, **KEPT))
+    old, new = SqliteLog(tmp_path / "a.sqlite"), KafkaLog(kafka.on(kafka_address, tmp_path))
     buffer = moved(old, new, made)
     assert buffer.counts() == {"learned": 2, "ready": 39, "set_aside": 1, "waiting": 0}
     old.close()

@@ -4,9 +4,6 @@ from tests.learner.conftest import respond, vote
 from thumbwheel.events import Choice, Event
 from thumbwheel.log import Log, message_of
 
-KEPT = {"response_retention_days": 1e5, "feedback_retention_days": 1e5}
-"""For a Kafka with this traffic on it: it keeps what says that it is of 1970."""
-
 
 def prompt_of(i: int) -> list[int]:
     return [2 + i % 29, 2 + i // 29 % 29, 3]

@@ -19,7 +19,7 @@ from tests import kafka
 from tests.learner import recorded
 from tests.learner.conftest import tiny
 from tests.learner.recorded import contents, spoil
-from tests.learner.traffic import KEPT, fill
+from tests.learner.traffic import fill
 from thumbwheel.cli import cli, main
 from thumbwheel.events import FEEDBACK
 from thumbwheel.log import Message, SqliteLog, open_log
@@ -197,7 +197,7 @@ def test_log_stands_for_the_log_of_the_settings(run: Run, log: Path, tmp_path: P
 def test_no_position_moves_on_kafka_and_nothing_is_appended(
     run: Run, kafka_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = kafka.on(kafka_address, tmp_path / "state", **KEPT)
+    settings = kafka.on(kafka_address, tmp_path / "state")
     events = open_log(settings)
     fill(events, 120)
     events.append(FEEDBACK, [Message("bad", "r9", 2.5, b"no event")])

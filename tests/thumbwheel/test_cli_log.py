@@ -61,7 +61,7 @@ def test_init_says_what_is_wrong_with_the_topics_that_are_there(kafka_address: s
     assert done.returncode == 3
     assert "min.insync.replicas" in done.stderr
     values["kafka"]["min_insync_replicas"] = 1
-    values["kafka"]["response_retention_days"] = 900
+    values["kafka"]["response_retention_days"] = 1e6
     done = run(configure(tmp_path, values), "log", "init")
     assert done.returncode == 0
     assert ["retention.ms" in line for line in done.stderr.splitlines()] == [True]

@@ -54,7 +54,7 @@ def test_every_topic_that_is_missing_is_a_problem_with_the_command_that_mends_it
 @pytest.mark.kafka
 def test_topics_that_are_not_as_the_settings_say_are_problems(kafka_address: str, tmp_path: Path) -> None:
     made = kafka.on(kafka_address, tmp_path)
-    log = made.log.model_copy(update={"kafka": made.log.kafka.model_copy(update={"response_retention_days": 900.0})})
+    log = made.log.model_copy(update={"kafka": made.log.kafka.model_copy(update={"response_retention_days": 1e6})})
     found = about(made.model_copy(update={"log": log}), "topic")
     assert ["retention.ms" in finding.words and not finding.ok for finding in found] == [True]
 

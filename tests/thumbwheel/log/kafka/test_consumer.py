@@ -52,7 +52,7 @@ class Watched(KafkaGroupConsumer):
 
 @pytest.fixture
 def settings(mortal: Cluster, tmp_path: Path) -> Settings:
-    return kafka.on(mortal.bootstrap, tmp_path, session_timeout_s=2.0, timeout_s=5.0)
+    return kafka.on(mortal.bootstrap, tmp_path, session_timeout_s=4.0, timeout_s=5.0)
 
 
 @pytest.fixture
