@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from learner.logprobs import CHUNK, Row, completion_hidden
+from learner.logprobs import BLOCK, Row, completion_hidden
 
 PROBE = 64
 """Tokens of the forward pass by which a model is measured."""
@@ -43,8 +43,8 @@ def needs_checkpointing(model: Any, tokens: int) -> bool:
     if model not in _measured:
         checkpointing(model, on=False)
         _measured[model] = kept(model, PROBE) / PROBE
-    logits = 3 * CHUNK * int(model.get_output_embeddings().weight.shape[0]) * 4
-    return tokens * _measured[model] + logits > free(model.device) / 2
+    logits = 3 * 4 * min(BLOCK, int(model.get_output_embeddings().weight.shape[0]))
+    return tokens * (_measured[model] + logits) > free(model.device) / 2
 
 
 def kept(model: Any, tokens: int) -> int:

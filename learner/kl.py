@@ -21,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.logprobs import CHUNK, Row, buckets, completion_hidden, log_softmax
+from learner.logprobs import Row, buckets, completion_hidden, log_softmax
 from learner.policy import Policy
 from learner.sampler import sample
 from thumbwheel.statistics import mean_interval
 
 BATCH = 64
 """How many answers are sampled side by side."""
+CHUNK = 64
+"""Positions of which the whole distribution is there at a time: 64 × 49152 in fp32 is 13 MB."""
 
 BISECTIONS = 4
 """How often a scale is tried again after the first guess: each try samples anew and costs a whole measurement."""

@@ -1,7 +1,7 @@
 """Log-probabilities of completions, summed per sequence, without a tokens × vocabulary tensor in fp32.
 
 Only the positions that predict a completion token reach the output layer: prompts are most of what a chat model reads,
-and their logits would be most of the cost. What is left goes through it in chunks; the log-softmax is taken in fp32.
+and their logits would be most of the cost. The vocabulary goes by in blocks; the log-softmax is taken in fp32.
 Not covered: models that change their logits after the output layer (soft caps, scales); `check_output_layer` says so.
 """
 
@@ -16,8 +16,8 @@ from torch.nn import functional
 from learner import attention, tail
 from thumbwheel.errors import SettingsError
 
-CHUNK = 64
-"""Rows of logits that are whole at a time: 64 × 49152 in fp32 is 13 MB."""
+BLOCK = 4096
+"""Ids of the vocabulary whose logits are whole at a time: for 300 tokens 5 MB in fp32, which a cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def sequence_logprobs(model: Any, rows: Sequence[Row]) -> Tensor:
 
 
 def log_softmax(head: Any, hidden: Tensor) -> Tensor:
-    """The full distribution at a chunk of positions, N × vocabulary in fp32. The caller keeps N small."""
+    """The full distribution at a few positions, N × vocabulary in fp32. The caller keeps N small."""
     return _wide(functional.linear(hidden, head.weight, head.bias)).log_softmax(-1)
 
 
@@ -152,26 +152,34 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Chunked, with the gradient to the hidden states taken while the logits are there: W[y] − Σ_v p(v) W[v].
+    """Block by block of the vocabulary, with the gradient to the hidden states taken on the way: W[y] − Σ_v p(v) W[v].
 
-    The output layer is frozen and gets none. Backward costs one multiplication and keeps N × width, not N × vocabulary.
+    The softmax's normaliser is found as the blocks go by (Milakov & Gimelshein, "Online normalizer calculation for
+    softmax", arXiv 1805.02867, algorithm 3), and so is the mean of W; each weight of the output layer is read once for
+    all tokens. The layer is frozen and gets no gradient. Backward costs one multiplication and keeps N × width.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        values, slopes = [], []
-        for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
-            logits = _wide(functional.linear(rows, weight, bias))  # chunk × vocabulary
-            logits -= logits.amax(-1, keepdim=True)
-            value = logits.gather(-1, wanted[:, None])
-            total = logits.exp_().sum(-1, keepdim=True)
-            values.append((value - total.log()).squeeze(-1))
-            if ctx.needs_input_grad[0]:
-                mean = logits.to(weight.dtype) @ weight / total  # Σ_v p(v) W[v]
-                slopes.append((weight[wanted] - mean).to(hidden.dtype))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(values)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        top = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
+        total, chosen = torch.zeros_like(top), torch.full_like(top, torch.nan)  # which no id but a known one replaces
+        slopes = ctx.needs_input_grad[0]
+        mean = torch.zeros_like(hidden, dtype=wide)
+        for start in range(0, len(weight), BLOCK):
+            block = weight[start : start + BLOCK]
+            logits = _wide(functional.linear(hidden, block, None if bias is None else bias[start : start + BLOCK]))
+            place = targets[:, None] - start
+            here = (place >= 0) & (place < len(block))
+            chosen = torch.where(here, logits.gather(-1, place.clamp(0, len(block) - 1)), chosen)
+            before, top = top, torch.maximum(top, logits.amax(-1, keepdim=True))
+            shrunk, shares = (before - top).exp_(), logits.sub_(top).exp_()
+            total.mul_(shrunk).add_(shares.sum(-1, keepdim=True))
+            if slopes:
+                mean.mul_(shrunk).add_(shares.to(weight.dtype) @ block)  # Σ_v p(v) W[v], up to the normaliser
+        if slopes:
+            ctx.save_for_backward((weight[targets] - mean / total).to(hidden.dtype))
+        return (chosen - top - total.log()).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:

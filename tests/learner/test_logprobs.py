@@ -1,4 +1,4 @@
-"""Chunked, bucketed and padded log-probs are the plain ones."""
+"""Log-probs by blocks of the vocabulary, bucketed and padded, are the plain ones."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +28,16 @@ def naive(model: torch.nn.Module, row: Row) -> torch.Tensor:
     return torch.stack([logits[len(row.prompt) - 1 + i, id] for i, id in enumerate(row.completion)]).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 256])
-def test_chunked_and_padded_is_naive(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+@pytest.mark.parametrize("block", [1, 2, 5, VOCABULARY, 256])
+def test_by_blocks_and_padded_is_naive(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(logprobs, "BLOCK", block)
     model = tiny(torch.float64)
     expected = torch.stack([naive(model, row) for row in ROWS])
     assert torch.allclose(sequence_logprobs(model, ROWS), expected, atol=1e-10)
 
 
 def test_the_gradient_is_that_of_the_naive_log_probs(monkeypatch: pytest.MonkeyPatch, exact: Policy) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", 3)
+    monkeypatch.setattr(logprobs, "BLOCK", 3)
     ours_total = sequence_logprobs(exact.model, ROWS).sum()
     plain_total = torch.stack([naive(exact.model, row) for row in ROWS]).sum()
     gradients = [torch.autograd.grad(total, exact.parameters()) for total in (ours_total, plain_total)]
@@ -46,19 +46,54 @@ def test_the_gradient_is_that_of_the_naive_log_probs(monkeypatch: pytest.MonkeyP
         assert ours.abs().max() > 0
 
 
-def test_finite_differences_agree() -> None:
+@pytest.mark.parametrize("block", [7, 4096])
+def test_finite_differences_agree(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(logprobs, "BLOCK", block)
     model = tiny(torch.float64)
     hidden = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([1, 2, 3, 4, 31])
     assert torch.autograd.gradcheck(lambda h: logprobs.token_logprobs(model, h, targets), hidden)
 
 
+def head(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    return SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=weight, bias=bias))
+
+
+@pytest.mark.parametrize("block", [1, 10, 64])
+def test_logits_far_apart_and_a_bias_neither_overflow_nor_vanish(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(logprobs, "BLOCK", block)
+    torch.manual_seed(0)
+    weight, bias, hidden = torch.randn(64, 8), 300 * torch.randn(64), 300 * torch.randn(20, 8)
+    targets = torch.randint(64, (20,))
+    ours = logprobs.token_logprobs(head(weight, bias), hidden, targets)
+    plain = torch.nn.functional.linear(hidden, weight, bias).double().log_softmax(-1).gather(-1, targets[:, None])
+    torch.testing.assert_close(ours.double(), plain.squeeze(-1), rtol=1e-5, atol=1e-3)
+    assert (ours <= 0).all()
+    assert ours.isfinite().all()
+    assert ours.min() < -1000
+
+
+def test_in_bf16_no_token_has_more_than_its_share() -> None:
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(5000, 64).bfloat16(), torch.randn(30, 64).bfloat16() * 8
+    targets = (hidden @ weight.t()).argmax(-1)  # nearly certain: a logit rounded in another way would be over 1
+    ours = logprobs.token_logprobs(head(weight), hidden, targets)
+    plain = (hidden @ weight.t()).double().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(ours.double(), plain, rtol=0, atol=1e-5)
+    assert (ours <= 0).all()
+
+
+def test_an_id_out_of_the_vocabulary_has_no_log_prob() -> None:
+    found = logprobs.token_logprobs(head(torch.randn(9, 4)), torch.randn(3, 4), torch.tensor([-1, 8, 9]))
+    assert found.isnan().tolist() == [True, False, True]
+
+
 def test_prompt_positions_do_not_reach_the_output_layer() -> None:
     assert completion_hidden(tiny(), ROWS).shape == (sum(len(row.completion) for row in ROWS), 16)
 
 
-def test_no_more_logits_at_once_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", 4)
+def test_no_more_logits_at_once_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "BLOCK", 9)
     seen = []
     plain = logprobs._wide
 
@@ -68,8 +103,8 @@ def test_no_more_logits_at_once_than_a_chunk(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(logprobs, "_wide", watched)
     sequence_logprobs(tiny(), ROWS)
-    assert {width for _, width in seen} == {VOCABULARY}
-    assert max(rows for rows, _ in seen) == 4
+    assert [width for _, width in seen] == [9] * (VOCABULARY // 9) + [VOCABULARY % 9]
+    assert {rows for rows, _ in seen} == {sum(len(row.completion) for row in ROWS)}
 
 
 def test_buckets_hold_every_row_once_within_the_limit() -> None:
