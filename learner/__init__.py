@@ -1,7 +1,8 @@
 """The learner: votes move an adapter.
 
-All its threads allocate from one heap, where malloc is glibc's (mallopt(3)): one for each thread would keep what that
-thread once needed. That has to be said before there are threads.
+Its threads allocate from two heaps, where malloc is glibc's (mallopt(3)): one for each thread would keep what that
+thread once needed, and at a single one the two lanes of an update are in each other's way. That has to be said before
+there are threads.
 """
 
 import contextlib
@@ -11,4 +12,4 @@ M_ARENA_MAX = -8
 """Of glibc's malloc.h."""
 
 with contextlib.suppress(AttributeError, OSError):  # another C library
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)

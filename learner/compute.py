@@ -24,7 +24,9 @@ from learner.ranks import ALONE, Ranks
 from thumbwheel.errors import AdapterError
 
 PART_TOKENS = 640
-"""Tokens that go through the model together. More are no faster on a CPU, and take more memory."""
+"""Tokens that go through the model together for a gradient: on a CPU more are no faster, and take more memory."""
+READ_TOKENS = 1280
+"""The same where nothing is kept for backward."""
 CUDA_PART_TOKENS = 8192
 
 KEPT_TOKENS = 2_000_000
@@ -94,10 +96,11 @@ class Compute:
         several = self._ranks.size > 1
         weights = [parameter.detach() for parameter in self.parameters()] if several else []
         device = self._policy.device
+        tokens = CUDA_PART_TOKENS if device.type == "cuda" else PART_TOKENS if backward else READ_TOKENS
         if attention.installed(self._policy.model):
-            cut = even_parts(plan, PART_TOKENS, self._ranks.size * lanes(device))
+            cut = even_parts(plan, tokens, self._ranks.size * lanes(device))
         else:
-            cut = parts(plan, CUDA_PART_TOKENS if device.type == "cuda" else PART_TOKENS, self._ranks.size)
+            cut = parts(plan, tokens, self._ranks.size)
         job = Job(plan, cut, weights, backward, reference)
         self._ranks.tell(job)
         # In the middle of common work nobody may leave: there, being stopped waits for its end.

@@ -76,7 +76,8 @@ def test_who_leaves_early_waits_only_for_what_has_begun() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_lanes_give_the_update_of_one(settings: Settings, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings.model_copy(update={"learner": settings.learner.model_copy(update={"learning_rate": 1e-3})})
-    monkeypatch.setattr("learner.compute.PART_TOKENS", 20)  # several parts
+    for tokens in ("PART_TOKENS", "READ_TOKENS"):
+        monkeypatch.setattr(f"learner.compute.{tokens}", 20)  # several parts
     found = []
     for lanes in (1, 2, 2):
         monkeypatch.setattr("learner.compute.lanes", lambda _, lanes=lanes: lanes)

@@ -96,7 +96,8 @@ def test_cutting_a_batch_into_parts_changes_nothing(
     made.trainer.update(examples_for(made))
     once = policy.weights()
     policy.start(None)
-    monkeypatch.setattr("learner.compute.PART_TOKENS", 1)
+    for tokens in ("PART_TOKENS", "READ_TOKENS"):
+        monkeypatch.setattr(f"learner.compute.{tokens}", 1)
     again = Made(policy, change(learner, **VARIANTS[variant]))
     again.trainer.update(examples_for(again))
     for name, weights in policy.weights().items():
