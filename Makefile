@@ -4,7 +4,7 @@
 # make test   formatting, types, every test
 # Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
 
-# make unit   the tests that neither start a program nor train a model: about a minute
+# make unit   the tests that take no seconds each: no program started, no model trained, no long log; about a minute
 
 PYTHON ?= python3
 ENGINE ?= engine-cpu
@@ -36,7 +36,7 @@ rest: setup
 	$(BIN)/pytest -q --durations=10 -m "not engine and not kafka"
 
 unit: setup
-	$(BIN)/pytest -q -m "not engine and not kafka and not kube and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not engine and not kafka and not kube and not slow"
 
 lint: setup
 	$(BIN)/ruff check .

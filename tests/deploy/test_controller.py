@@ -269,6 +269,7 @@ def test_what_nobody_can_read_is_kept_aside_and_the_rest_decided(tmp_path: Path)
     log.close()
 
 
+@pytest.mark.slow
 def test_started_before_the_broker_it_waits_and_leaves_when_told_to(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
     config = tmp_path / "thumbwheel.toml"

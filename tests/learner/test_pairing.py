@@ -344,6 +344,7 @@ def test_all_votes_on_one_prompt_are_learned_in_the_end(buffer: Buffer) -> None:
     assert len(seen) == len(set(seen)) == 2 * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [1, 10**9], ids=["one prompt", "many prompts"])
 def test_a_batch_costs_the_same_however_many_votes_there_are(buffer: Buffer, prompts: int) -> None:
     """Counted in steps of SQLite's machine, which no other process disturbs."""

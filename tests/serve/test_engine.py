@@ -16,6 +16,8 @@ from tests.serve.engine_stub import EngineStub, stub_engine
 from tests.serve.world import until
 from thumbwheel.settings import EngineSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from serve.process import CPU_SLOTS, EngineProcess, argv, end_orphan, environmen
 from tests.launch import wait_for
 from thumbwheel.settings import EngineSettings, Settings
 
+pytestmark = pytest.mark.slow
+
 FAMILY = ["sh", "-c", "sleep 300 & echo core $!; wait"]
 """Stands for vLLM: a leader with a child of its own, as the API server and its engine core."""
 

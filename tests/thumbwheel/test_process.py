@@ -3,7 +3,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from thumbwheel import process
+
+pytestmark = pytest.mark.slow
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 

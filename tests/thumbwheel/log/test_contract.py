@@ -240,6 +240,7 @@ def _append_many(settings: Settings, name: str) -> None:
     log.close()
 
 
+@pytest.mark.slow
 def test_several_processes_append_at_once_without_loss_and_in_order_per_key(settings: Settings, log: Log) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append_many, args=(settings, f"w{i}")) for i in range(3)]
