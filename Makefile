@@ -4,7 +4,7 @@
 # make test   formatting, types, every test
 # Both set up what they need in .venv, once. On a GPU: make setup ENGINE=engine TORCH_BACKEND=auto
 
-# make unit   the tests that take no seconds each: no program started, no model trained, no long log; about a minute
+# make unit   the tests that take no seconds each: about a minute for all of them
 
 PYTHON ?= python3
 ENGINE ?= engine-cpu
@@ -26,7 +26,7 @@ demo: setup
 
 # Two halves at a time: half of its time a test waits for another program. One thread each, or they wait for each other.
 test: lint
-	@echo "The tests run in two halves, side by side; each is heard of when it is done, after 15 to 20 minutes."
+	@echo "The tests run in two halves, side by side; each is heard of when it is done, after about 20 minutes."
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync parts rest
 
 parts: setup
