@@ -1,8 +1,8 @@
 """The learner: votes move an adapter.
 
 Its threads allocate from two heaps, where malloc is glibc's (mallopt(3)): one for each thread would keep what that
-thread once needed, and of a single one only one of the two lanes of an update can be served at a time. That has to be said
-before there are threads.
+thread once needed, and a single one serves only one of an update's two lanes at a time. That has to be said before
+there are threads.
 """
 
 import contextlib
