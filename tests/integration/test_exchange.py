@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import Gateway, Host, comparable, gateway
+from tests.serving import Gateway, Host, gateway, joined
 from tests.shapes import ASK, CHAT, SHAPES, TOOL, tool_messages
 from thumbwheel.events import Choice, ResponseGenerated
 from thumbwheel.settings import EngineSettings
@@ -198,7 +198,7 @@ def test_the_gateway_sends_what_the_engine_sends(
     direct = httpx.post(engine_url + path, json={**request, "model": engine_base}, timeout=60)
     through = httpx.post(real_gateway.url + path, json={**request, "model": "policy"}, headers=headers, timeout=60)
     renamed = direct.content.replace(f'"model":"{engine_base}"'.encode(), b'"model":"policy"')
-    assert comparable(shape, through.content) == comparable(shape, renamed)
+    assert joined(shape, through.content) == joined(shape, renamed)
     assert through.headers["content-type"] == direct.headers["content-type"]
     added = set(through.headers) - set(direct.headers)
     assert added == {"x-thumbwheel-version", "x-thumbwheel-digest"}
