@@ -62,9 +62,9 @@ def log(settings: Settings) -> Iterator[KafkaLog]:
     made.close()
 
 
-def member(settings: Settings, name: str) -> Settings:
+def member(settings: Settings, name: str, **changes: Any) -> Settings:
     """The same settings for another process."""
-    values = settings.log.kafka.model_copy(update={"member": name})
+    values = settings.log.kafka.model_copy(update={"member": name, **changes})
     return Settings(data=settings.data, log=settings.log.model_copy(update={"kafka": values}))
 
 
@@ -182,6 +182,8 @@ while True:
 def test_what_a_killed_member_had_goes_to_the_other_and_nothing_is_lost_or_given_again(
     settings: Settings, log: KafkaLog
 ) -> None:
+    # Beside a busy engine the first member was once without a session of 4 s when the second came.
+    settings = member(settings, "m1", session_timeout_s=8.0)
     start = {(FEEDBACK, partition): 0 for partition in range(3)}
     consumer = Watched(settings, start=start)
     until(lambda: consumer.partitions == {0, 1, 2})
@@ -208,7 +210,7 @@ def test_what_a_killed_member_had_goes_to_the_other_and_nothing_is_lost_or_given
     killed = time.monotonic()
     log.append(FEEDBACK, [message(str(i), f"k{i}") for i in range(100, 200)])
     found = taken(100, consumer)
-    assert 1.0 < time.monotonic() - killed < 10.0
+    assert 1.0 < time.monotonic() - killed < 16.0
     assert sorted(map(int, ids(found))) == list(range(100, 200))  # and none of those that the other had dealt with
     assert consumer.partitions == {0, 1, 2}
     assert consumer.history[2:] == [("got", moved)]
