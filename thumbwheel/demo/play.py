@@ -234,5 +234,9 @@ def _must_be_refused(loop: Loop, greedy: Candidate) -> str:
         "adapters", "approve", greedy.version, "--actor", "demo-operator", "--reason", "more ups"
     )
     if code == 0:
-        raise ThumbwheelError(f"{greedy.version} was approved although its gates did not pass")
+        verdict = "?" if greedy.report is None else greedy.report.verdict
+        kl = loop.manifest(greedy.version).kl.upper
+        raise ThumbwheelError(
+            f"{greedy.version} was approved: its gates said {verdict}, its KL is at most {kl:.2f} nats"
+        )
     return words
