@@ -2,9 +2,9 @@
 
     python -m bench.learner_vs_trl [--model DIR] [--rounds N]
 
-The same rows of real text (prompts of 20 to 600 tokens, answers as long as the model's own to the demo's questions),
-the same model in bf16 (the demo's, unless --model names another), the same LoRA adapter with the same weights, two
-threads, each contestant a process of its own:
+The same rows (chats by the model's template about real text, prompts from the shortest that it makes, some 30 tokens,
+to 600; answers as long as the model's own to the demo's questions), the same model in bf16 (the demo's, unless --model
+names another), the same LoRA adapter with the same weights, two threads, each contestant a process of its own:
 
     kto            KTOTrainer as it comes: KL on mismatched pairs, references in the step, checkpointing, batches of 8
     kto best       the same loss as ours (APO-zero), references computed once before, no checkpointing, rows sorted by
@@ -82,10 +82,15 @@ def answer_lengths(model: Path, count: int) -> list[int]:
 
 
 def pairs(model: Path, lengths: Sequence[int], seed: int = 0) -> list[tuple[Row, Row]]:
-    """Prompts with two answers each: windows of this repository's own text, the answers of these lengths."""
+    """Prompts with two answers each: chats about windows of this repository's own text, the answers of these lengths.
+
+    A prompt is what the model's template makes of a message; the shortest has a message of one token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    from bench.algorithms import Words
+
+    tokenizer, words = AutoTokenizer.from_pretrained(model), Words(model)
     text = "\n".join(path.read_text() for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     chance = random.Random(seed)
@@ -95,8 +100,10 @@ def pairs(model: Path, lengths: Sequence[int], seed: int = 0) -> list[tuple[Row,
         return list(ids[start : start + length])
 
     made, count = [], len(lengths) // 2
+    shortest = len(words.prompt("a"))
     for i in range(count):
-        prompt = window(int(20 * 30 ** (i / (count - 1))))
+        length = int(shortest * (600 / shortest) ** (i / (count - 1)))
+        prompt = words.prompt(tokenizer.decode(window(length - shortest + 1)))
         answers = [[*window(length - 1), tokenizer.eos_token_id] for length in lengths[2 * i : 2 * i + 2]]
         made.append((Row(prompt, answers[0]), Row(prompt, answers[1])))
     chance.shuffle(made)

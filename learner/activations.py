@@ -59,7 +59,7 @@ def kept(model: Any, tokens: int) -> int:
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = completion_hidden(model, [Row([0] * (tokens - 1), [0])])
+        alive = completion_hidden(model, [Row([0] * tokens, [0])])
     del alive
     return sum(sizes.values())
 

@@ -6,8 +6,9 @@ computes them again. Queries that share a key head are multiplied together (grou
 Scores are products in the model's dtype, as they are in eager attention, and so are probabilities; in between, torch's
 softmax computes in fp32.
 
-In Llama's layers the rotation of queries and keys (Su et al., "RoFormer", arXiv 2104.09864, equation 34) is part of the
-operation: it happens while they are laid out for it.
+In Llama's layers the rotation of queries and keys (Su et al., "RoFormer", arXiv 2104.09864, equation 34) happens while
+they are laid out for it. What all sequences begin with can be left out of them (`learner/prefix.py`): each query sees
+its keys and values, which another pass has kept.
 
 For CPUs, where torch's own kernel takes two to five times as long on chat-sized rows. Covered: causal models in which
 every layer attends to everything (`covers`). A call without tiles goes to transformers' sdpa.
@@ -16,6 +17,7 @@ every layer attends to everything (`covers`). A call without tiles goes to trans
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ from learner import fused, lora
 
 NAME = "tiles"
 TILE = 128
+ALIGN = 16
+"""Products are fastest where a tile's keys are a multiple of so many."""
+
+Seen = tuple[Tensor, Tensor]
+"""Keys, rotated, and values of a layer, key heads × tokens × width each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +77,11 @@ def installed(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
-def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[Tile]:
+def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, known: int = 0) -> list[Tile]:
     """Of sequences laid end to end, each a prompt and its answers: their lengths, the prompt first.
 
-    An answer sees its prompt and itself. `dtype` is that of the scores.
+    An answer sees its prompt and itself; before each sequence come so many `known` tokens that are not laid out.
+    `dtype` is that of the scores.
     """
     parts = [_parts(lengths) for lengths in groups]
     spans: list[tuple[int, int]] = []  # one long sequence, or several short ones that fit into a tile
@@ -87,8 +95,8 @@ def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -
     owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(each) for each in parts]))
     made = []
     for first, end in spans:
-        for start in range(first, end, TILE):
-            stop = min(start + TILE, end)
+        starts = [first, *range(first + TILE - known % ALIGN, end, TILE)]
+        for start, stop in pairwise([*starts, end]):
             queries, keys = torch.arange(start, stop)[:, None], torch.arange(first, stop)
             hidden = ~(_seen(part, queries, keys) & (owner[queries] == owner[keys]))
             edge = int(torch.cat([hidden.any(0), torch.ones(1, dtype=torch.bool)]).int().argmax())
@@ -119,20 +127,23 @@ def layer(
     hidden_states: Tensor,
     tiles: Sequence[Tile] | None = None,
     only: Tensor | None = None,
+    before: Sequence[Seen] | None = None,
+    keep: dict[int, Seen] | None = None,
     **options: Any,
 ) -> Any:
     """LlamaAttention's forward, 1 × tokens × width, where there are tiles; else its own.
 
-    What comes out is of all positions or `only` of some.
+    What comes out is of all positions or `only` of some. Each sees what came `before`, layer by layer, too; `keep`
+    takes, by the layer's index, what those after them will see.
     """
     if tiles is None:
         return type(module).forward(module, hidden_states, **options)
-    query, key, value = (
+    by_token = tuple(
         each.view(each.shape[1], -1, module.head_dim)
         for each in lora.project(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     )
-    cos, sin = (each[0] for each in options["position_embeddings"])
-    mixed: Tensor = _Attention.apply(query, key, value, cos, sin, module.scaling, tiles)  # type: ignore[no-untyped-call]
+    rotation = tuple(each[0] for each in options["position_embeddings"])
+    mixed = _attend(module, by_token, rotation, module.scaling, tiles, before, keep)
     mixed = mixed.view(*hidden_states.shape[:-1], -1)
     return module.o_proj(mixed if only is None else mixed.index_select(1, only)), None
 
@@ -145,6 +156,8 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     tiles: Sequence[Tile] | None = None,
+    before: Sequence[Seen] | None = None,
+    keep: dict[int, Seen] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: 1 × heads × tokens × width in, 1 × tokens × heads × width out."""
@@ -156,9 +169,28 @@ def attention(
         )
         return other
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    by_token = (each[0].transpose(0, 1) for each in (query, key, value))
-    result: Tensor = _Attention.apply(*by_token, None, None, scale, tiles)  # type: ignore[no-untyped-call]
-    return result[None], None
+    by_token = tuple(each[0].transpose(0, 1) for each in (query, key, value))
+    return _attend(module, by_token, (None, None), scale, tiles, before, keep)[None], None
+
+
+def _attend(
+    module: Any,
+    by_token: tuple[Tensor, ...],
+    rotation: tuple[Tensor | None, ...],
+    scale: float,
+    tiles: Sequence[Tile],
+    before: Sequence[Seen] | None,
+    keep: dict[int, Seen] | None,
+) -> Tensor:
+    """Of queries, keys and values, tokens × heads × width each: tokens × heads × width."""
+    heads = by_token[1].shape[1]
+    turns = (rotation, rotation, (None, None))
+    query, key, value = (_LaidOut.apply(x, heads, *turn) for x, turn in zip(by_token, turns, strict=True))  # type: ignore[no-untyped-call]
+    if keep is not None:
+        keep[module.layer_idx] = key, value
+    old = (None, None) if before is None else before[module.layer_idx]
+    result: Tensor = _Attention.apply(query, key, value, *old, scale, tiles)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _laid_out(x: Tensor, heads: int, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
@@ -194,19 +226,34 @@ def _turn(x: Tensor, result: Tensor, cos: Tensor | None, sin: Tensor | None, bac
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, tile: Tile) -> Tensor:
-    """Softmax of a tile's scores: key heads × (queries · repeat) × keys."""
+    """Softmax of a tile's scores: key heads × (queries · repeat) × keys; its own keys are the last."""
     empty = query.new_empty(len(query), query.shape[1], key.shape[1])
     scores = torch.baddbmm(empty, query, key.transpose(1, 2), beta=0, alpha=scale)
     if tile.edge < tile.stop:
         by_query = scores.view(len(scores), tile.stop - tile.start, -1, scores.shape[-1])
-        by_query[..., tile.edge - tile.first :] += tile.bias
+        by_query[..., tile.edge - tile.stop :] += tile.bias
     return torch.softmax(scores, -1)
 
 
-class _Attention(torch.autograd.Function):
-    """Queries tokens × heads × width, keys and values tokens × key heads × width → tokens × heads × width.
+class _LaidOut(torch.autograd.Function):
+    """`_laid_out`, and back."""
 
-    With cos and sin, tokens × width, queries and keys are rotated first.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.tokens = len(x)
+        return _laid_out(x, heads, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return _by_token(outputs[0], ctx.tokens, *ctx.saved_tensors), None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """Queries, keys and values as laid out, and keys and values that came before all of them → tokens × heads × width.
+
+    Keys and values are key heads × tokens × width.
     """
 
     @staticmethod
@@ -215,44 +262,57 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
+        old_key: Tensor | None,
+        old_value: Tensor | None,
         scale: float,
         tiles: Sequence[Tile],
     ) -> Tensor:
-        tokens, heads, _ = key.shape
-        repeat = query.shape[1] // heads
-        query, key = _laid_out(query, heads, cos, sin), _laid_out(key, heads, cos, sin)
-        value = _laid_out(value, heads)
+        heads, tokens, _ = key.shape
+        repeat = query.shape[1] // tokens
         result = query.new_empty(tokens, heads, repeat, value.shape[-1])
         for tile in tiles:
-            queries, keys = slice(tile.start * repeat, tile.stop * repeat), slice(tile.first, tile.stop)
-            weights = _probabilities(query[:, queries], key[:, keys], scale, tile)
-            mixed = weights @ value[:, keys]
+            queries = slice(tile.start * repeat, tile.stop * repeat)
+            weights = _probabilities(query[:, queries], _of(tile, key, old_key), scale, tile)
+            mixed = weights @ _of(tile, value, old_value)
             result[tile.start : tile.stop] = mixed.view(heads, tile.stop - tile.start, repeat, -1).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, cos, sin)
+        ctx.save_for_backward(query, key, value, old_key, old_value)
         ctx.scale, ctx.tiles = scale, tiles
         return result.view(tokens, heads * repeat, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, cos, sin = ctx.saved_tensors
+        query, key, value, old_key, old_value = ctx.saved_tensors
         heads, tokens, _ = key.shape
         repeat = query.shape[1] // tokens
         slopes = _laid_out(outputs[0], heads)
         wide = torch.promote_types(key.dtype, torch.float32)
+        old = 0 if old_key is None else old_key.shape[1]
         d_query = torch.empty_like(query)
-        d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        d_key = key.new_zeros(heads, old + tokens, key.shape[-1], dtype=wide)  # of old and own ones
+        d_value = value.new_zeros(heads, old + tokens, value.shape[-1], dtype=wide)
         for tile in ctx.tiles:
-            queries, keys = slice(tile.start * repeat, tile.stop * repeat), slice(tile.first, tile.stop)
-            weights = _probabilities(query[:, queries], key[:, keys], ctx.scale, tile)
+            queries, keys = slice(tile.start * repeat, tile.stop * repeat), _of(tile, key, old_key)
+            weights = _probabilities(query[:, queries], keys, ctx.scale, tile)
             slope = slopes[:, queries]
-            d_value[:, keys] += weights.transpose(1, 2) @ slope
-            d_weights = slope @ value[:, keys].transpose(1, 2)
+            _add(d_value, weights.transpose(1, 2) @ slope, tile, old)
+            d_weights = slope @ _of(tile, value, old_value).transpose(1, 2)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_query[:, queries] = d_scores @ key[:, keys]
-            d_key[:, keys] += d_scores.transpose(1, 2) @ query[:, queries]
-        d_query = _by_token(d_query.mul_(ctx.scale), tokens, cos, sin)
-        d_key = _by_token(d_key.mul_(ctx.scale).to(key.dtype), tokens, cos, sin)
-        return d_query, d_key, _by_token(d_value.to(value.dtype), tokens), None, None, None, None
+            d_query[:, queries] = d_scores @ keys
+            _add(d_key, d_scores.transpose(1, 2) @ query[:, queries], tile, old)
+        d_key, d_value = d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype)
+        d_old = (d_key[:, :old], d_value[:, :old]) if old else (None, None)
+        return d_query.mul_(ctx.scale), d_key[:, old:], d_value[:, old:], *d_old, None, None
+
+
+def _of(tile: Tile, own: Tensor, old: Tensor | None) -> Tensor:
+    """The keys, or values, that a tile's queries may see."""
+    seen = own[:, tile.first : tile.stop]
+    return seen if old is None else torch.cat([old, seen], 1)
+
+
+def _add(slopes: Tensor, more: Tensor, tile: Tile, old: int) -> None:
+    """Add to the slopes of `old` keys and all own ones those of the keys that a tile's queries see."""
+    slopes[:, old + tile.first : old + tile.stop] += more[:, old:]
+    if old:
+        slopes[:, :old] += more[:, :old]

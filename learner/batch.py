@@ -105,12 +105,13 @@ def parts(plan: Plan, tokens: int, at_least: int = 1) -> list[list[int]]:
     return result
 
 
-def even_parts(plan: Plan, tokens: int, among: int = 1) -> list[list[int]]:
+def even_parts(plan: Plan, tokens: int, among: int = 1, known: int = 0) -> list[list[int]]:
     """Indexes of rows to go through a model that needs no padding: parts of about `tokens`, all of like size.
 
-    Their number is a multiple of `among`, if there are units for that: so many, who share them, are done together.
+    Their number is a multiple of `among`, if there are units for that: so many, who share them, are done together. The
+    first `known` tokens of each prompt are not counted.
     """
-    cost = [_cost([plan.rows[i] for i in unit]) for unit in plan.units]
+    cost = [_cost([plan.rows[i] for i in unit], known) for unit in plan.units]
     wanted = -(-sum(cost) // (tokens * among)) * among
     bins: list[tuple[int, int, list[int]]] = [(0, i, []) for i in range(min(wanted, len(cost)))]
     for unit in sorted(range(len(cost)), key=cost.__getitem__, reverse=True):  # longest first, to where there is least
@@ -119,11 +120,11 @@ def even_parts(plan: Plan, tokens: int, among: int = 1) -> list[list[int]]:
     return [rows for *_, rows in sorted(bins, key=lambda each: (-each[0], each[1]))]
 
 
-def _cost(rows: Sequence[Row]) -> int:
-    """Tokens to read, a prompt that all share once."""
+def _cost(rows: Sequence[Row], known: int = 0) -> int:
+    """Tokens to read, a prompt that all share once; of each prompt so many are known."""
     answers = sum(len(row.completion) for row in rows)
     shared = all(row.prompt == rows[0].prompt for row in rows)
-    return answers + (len(rows[0].prompt) if shared else sum(len(row.prompt) for row in rows))
+    return answers + sum(len(row.prompt) - known for row in (rows[:1] if shared else rows))
 
 
 def _rows(fact: Tensor, indexes: Sequence[int], longest: int) -> Tensor:

@@ -20,6 +20,7 @@ from learner.batch import Plan, even_parts, of_one_prompt, parts
 from learner.lanes import side_by_side
 from learner.logprobs import Row, completion_hidden, token_logprobs
 from learner.policy import Policy
+from learner.prefix import Prefix, beginning
 from learner.ranks import ALONE, Ranks
 from thumbwheel.errors import AdapterError
 
@@ -37,10 +38,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all ranks do next, each with its share of `parts`: read the rows, or take the gradient of their loss."""
+    """What all ranks do next, each with its share of `parts`: read the rows, or take the gradient of their loss.
+
+    All prompts begin with the tokens of `prefix`, which each rank reads once.
+    """
 
     plan: Plan
     parts: list[list[int]]
+    prefix: list[int]
     weights: list[Tensor]
     backward: bool
     reference: bool = False
@@ -97,11 +102,13 @@ class Compute:
         weights = [parameter.detach() for parameter in self.parameters()] if several else []
         device = self._policy.device
         tokens = CUDA_PART_TOKENS if device.type == "cuda" else PART_TOKENS if backward else READ_TOKENS
+        prefix: list[int] = []
         if attention.installed(self._policy.model):
-            cut = even_parts(plan, tokens, self._ranks.size * lanes(device))
+            prefix = beginning([row.prompt for row in plan.rows])
+            cut = even_parts(plan, tokens, self._ranks.size * lanes(device), len(prefix))
         else:
             cut = parts(plan, tokens, self._ranks.size)
-        job = Job(plan, cut, weights, backward, reference)
+        job = Job(plan, cut, prefix, weights, backward, reference)
         self._ranks.tell(job)
         # In the middle of common work nobody may leave: there, being stopped waits for its end.
         result = work(job, self._policy, self.algorithm, self._ranks, (lambda _: None) if several else progress)
@@ -143,28 +150,36 @@ def work(
     values = torch.zeros_like(logprobs) if algorithm.head is not None and not job.reference else None
     share = ranks.share(job.parts)
     count = lanes(policy.device)
-    most = max((sum(len(plan.rows[i]) for i in indexes) for indexes in share), default=0)
-    checkpointing(policy.model, job.backward and needs_checkpointing(policy.model, count * most))
+    known = len(job.prefix)
+    most = max((sum(len(plan.rows[i]) - known for i in indexes) for indexes in share), default=0)
+    checkpointing(policy.model, job.backward and needs_checkpointing(policy.model, count * most + known))
 
     def part(indexes: list[int]) -> tuple[list[int], Tensor, Tensor | None, Sequence[Tensor | None]]:
         with torch.set_grad_enabled(job.backward):
             rows = [plan.rows[i] for i in indexes]
-            seen, valued = _forward(policy, rows, None if job.reference else algorithm.head)
+            seen, valued = _forward(policy, rows, prefix, None if job.reference else algorithm.head)
             slopes: Sequence[Tensor | None] = ()
             if job.backward:
                 loss, _ = algorithm(plan.batch(indexes, seen, valued))
-                slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+                slopes = torch.autograd.grad(loss, [*parameters, *leaves], allow_unused=True)
         return indexes, seen.detach(), None if valued is None else valued.detach(), slopes
 
-    with policy.reference() if job.reference else nullcontext(), side_by_side(part, share, count) as results:
-        for indexes, seen, valued, slopes in results:  # in their order, so that sums come out the same
-            logprobs[indexes, : seen.shape[1]] = seen.to(logprobs)
-            if values is not None and valued is not None:
-                values[indexes, : seen.shape[1]] = valued.to(values)
-            for parameter, slope in zip(parameters, slopes, strict=False):
-                if slope is not None:
-                    parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
-            progress(len(indexes))
+    with policy.reference() if job.reference else nullcontext():
+        with torch.set_grad_enabled(job.backward):
+            prefix = Prefix(policy.model, job.prefix) if job.prefix and share else None
+        leaves = [] if prefix is None else prefix.leaves
+        totals = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
+        with side_by_side(part, share, count) as results:
+            for indexes, seen, valued, slopes in results:  # in their order, so that sums come out the same
+                logprobs[indexes, : seen.shape[1]] = seen.to(logprobs)
+                if values is not None and valued is not None:
+                    values[indexes, : seen.shape[1]] = valued.to(values)
+                _add(parameters, slopes[: len(parameters)])
+                for total, slope in zip(totals, slopes[len(parameters) :], strict=True):
+                    total += 0 if slope is None else slope
+                progress(len(indexes))
+        if prefix is not None and leaves:
+            _add(parameters, prefix.gradient(totals, parameters))
     checkpointing(policy.model, on=False)
     both = [logprobs] if values is None else [logprobs, values]
     if job.backward:
@@ -176,13 +191,21 @@ def work(
     return logprobs, values
 
 
+def _add(parameters: Sequence[torch.nn.Parameter], slopes: Sequence[Tensor | None]) -> None:
+    for parameter, slope in zip(parameters, slopes, strict=False):
+        if slope is not None:
+            parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
+
+
 def lanes(device: torch.device) -> int:
     """How many parts go through the model side by side: two on a CPU, where torch has the threads for that."""
     return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
-def _forward(policy: Policy, rows: Sequence[Row], head: torch.nn.Linear | None) -> tuple[Tensor, Tensor | None]:
-    hidden = completion_hidden(policy.model, rows)
+def _forward(
+    policy: Policy, rows: Sequence[Row], prefix: Prefix | None, head: torch.nn.Linear | None
+) -> tuple[Tensor, Tensor | None]:
+    hidden = completion_hidden(policy.model, rows, prefix)
     targets = torch.tensor([id for row in rows for id in row.completion], device=policy.device)
     lengths = [len(row.completion) for row in rows]
     each = token_logprobs(policy.model, hidden, targets)

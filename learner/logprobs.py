@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from learner import attention, tail
+from learner.prefix import Prefix
 from thumbwheel.errors import SettingsError
 
 BLOCK = 4096
@@ -66,15 +67,16 @@ def _length(rows: Sequence[Row], group: Sequence[int]) -> int:
     return len(rows[group[0]].prompt) + sum(len(rows[i].completion) for i in group)
 
 
-def completion_hidden(model: Any, rows: Sequence[Row]) -> Tensor:
+def completion_hidden(model: Any, rows: Sequence[Row], prefix: Prefix | None = None) -> Tensor:
     """Last hidden states of the positions that predict completion tokens, (Σ completion lengths) × width, row by row.
 
     Rows of one prompt are read as one sequence, the prompt and then each answer, which sees the prompt and itself alone
-    and has the positions that it has alone. Where the model attends by tiles all sequences are one, without padding.
+    and has the positions that it has alone. Where the model attends by tiles all sequences are one, without padding,
+    and what is in `prefix`, with which all prompts begin, is not read again. An answer's last token is not read at all.
     """
     shared = _groups(rows)
     if attention.installed(model):
-        return _read(model, rows, shared, flat=True)
+        return _read(model, rows, shared, flat=True, prefix=prefix)
     alone = [[i] for i in range(len(rows))]
     # A mask costs the fastest kernels, and long answers fill what a short prompt saves with padding.
     masks = model.config._attn_implementation == "sdpa" and attention.covers(model)
@@ -86,32 +88,37 @@ def _padded(rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> int:
     return len(groups) * max(_length(rows, group) for group in groups)
 
 
-def _read(model: Any, rows: Sequence[Row], groups: Sequence[Sequence[int]], flat: bool) -> Tensor:
+def _read(
+    model: Any, rows: Sequence[Row], groups: Sequence[Sequence[int]], flat: bool, prefix: Prefix | None = None
+) -> Tensor:
     """One forward pass over sequences laid end to end (`flat`) or padded on the right."""
-    longest = max(_length(rows, group) for group in groups)
+    known = 0 if prefix is None else prefix.length
+    lengths = [[len(rows[group[0]].prompt) - known, *(len(rows[i].completion) - 1 for i in group)] for group in groups]
+    longest = max(map(sum, lengths))
     ids: list[int] = []
     positions: list[int] = []
     wanted: list[list[int]] = [[] for _ in rows]  # where in `ids` a row's completion is predicted
-    for group in groups:
-        prompt, begin = rows[group[0]].prompt, len(ids)
-        ids += prompt
-        positions += range(len(prompt))
+    for group, (start, *_) in zip(groups, lengths, strict=True):
+        begin = len(ids)
+        ids += rows[group[0]].prompt[known:]
+        positions += range(known, known + start)
         for i in group:
-            answer = rows[i].completion
+            read = rows[i].completion[:-1]
             # Position p holds what predicts token p + 1.
-            wanted[i] = [begin + len(prompt) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
-            ids += answer
-            positions += range(len(prompt), len(prompt) + len(answer))
+            wanted[i] = [begin + start - 1, *range(len(ids), len(ids) + len(read))]
+            ids += read
+            positions += range(known + start, known + start + len(read))
         if not flat:
-            padding = longest - _length(rows, group)
+            padding = begin + longest - len(ids)
             ids += [0] * padding
             positions += [0] * padding
     count = 1 if flat else len(groups)
-    lengths = [[len(rows[group[0]].prompt), *(len(rows[i].completion) for i in group)] for group in groups]
     options: dict[str, Any] = {}
     if flat:
         # A mask of four dimensions is handed on as it is: transformers makes none itself.
-        options = {"tiles": attention.tiles(lengths, model.dtype), "attention_mask": torch.ones(1, 1, 1, 1)}
+        options = {"tiles": attention.tiles(lengths, model.dtype, known), "attention_mask": torch.ones(1, 1, 1, 1)}
+        if prefix is not None:
+            options["before"] = prefix.layers
     elif any(len(group) > 1 for group in groups):
         options = {"attention_mask": attention.mask(lengths, longest).to(model.device)}
     if options:

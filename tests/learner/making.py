@@ -73,14 +73,18 @@ def change(settings: LearnerSettings, **changes: Any) -> LearnerSettings:
     return settings.model_copy(update=nested)
 
 
-def thumbs(policy: Policy) -> list[Thumb]:
+SYSTEM = [2, 9, 4, 7] * 10
+"""What prompts may begin with: long enough to be read once for all."""
+
+
+def thumbs(policy: Policy, system: Sequence[int] = ()) -> list[Thumb]:
     """Of odd sizes, with a prompt that comes twice and an answer of one token; the policy itself sampled them."""
     rows = [
-        (Row([2, 3], [GOOD, 4, GOOD, 1]), True),
-        (Row([2, 3], [7, 8, 9, 10, 1]), False),
-        (Row([6, 2, 9], [11, 12, 1]), False),
-        (Row([4], [GOOD]), True),
-        (Row([13, 14, 15, 16], [17, 18, 19, 20, 21, 22]), False),
+        (Row([*system, 2, 3], [GOOD, 4, GOOD, 1]), True),
+        (Row([*system, 2, 3], [7, 8, 9, 10, 1]), False),
+        (Row([*system, 6, 2, 9], [11, 12, 1]), False),
+        (Row([*system, 4], [GOOD]), True),
+        (Row([*system, 13, 14, 15, 16], [17, 18, 19, 20, 21, 22]), False),
     ]
     read, _ = Compute(policy, Algorithm(LearnerSettings(), policy.width)).read([row for row, _ in rows])
     return [
@@ -89,18 +93,18 @@ def thumbs(policy: Policy) -> list[Thumb]:
     ]
 
 
-def pairs() -> list[Pair]:
+def pairs(system: Sequence[int] = ()) -> list[Pair]:
     """Of odd sizes, one with a prompt that comes twice."""
     return [
-        Pair(("f0", "f1"), [2, 3], [GOOD, 4, GOOD, 1], [7, 8, 9, 10, 1], "votes"),
-        Pair(("f2",), [2, 3], [GOOD, 1], [11, 12, 1], "correction"),
-        Pair(("f3",), [6, 2, 9, 4], [13, GOOD, 1], [17], "preferred"),
+        Pair(("f0", "f1"), [*system, 2, 3], [GOOD, 4, GOOD, 1], [7, 8, 9, 10, 1], "votes"),
+        Pair(("f2",), [*system, 2, 3], [GOOD, 1], [11, 12, 1], "correction"),
+        Pair(("f3",), [*system, 6, 2, 9, 4], [13, GOOD, 1], [17], "preferred"),
     ]
 
 
-def examples_for(made: Made) -> Examples:
+def examples_for(made: Made, system: Sequence[int] = ()) -> Examples:
     """What its algorithm learns from."""
-    return pairs() if made.algorithm.needs.pairs else thumbs(made.policy)
+    return pairs(system) if made.algorithm.needs.pairs else thumbs(made.policy, system)
 
 
 def exactly(policy: Policy) -> None:

@@ -9,19 +9,19 @@ from learner import ranks
 from learner.compute import follow
 from learner.policy import Policy
 from tests.learner.conftest import tiny
-from tests.learner.making import VARIANTS, Made, change, examples_for
+from tests.learner.making import SYSTEM, VARIANTS, Made, change, examples_for
 from thumbwheel.settings import Settings
 
 
 def updated(settings: Settings, variant: str, processes: ranks.Ranks) -> dict[str, torch.Tensor] | None:
-    """The adapter's weights after two updates on rank 0; None elsewhere."""
+    """The adapter's weights on rank 0, after an update and one on prompts that begin alike; None elsewhere."""
     policy = Policy(tiny(), settings, "sha256:test")
     made = Made(policy, change(settings.learner, **VARIANTS[variant]), processes)
     if processes.rank:
         follow(policy, made.algorithm, processes)
         return None
-    for _ in range(2):
-        made.trainer.update(examples_for(made))
+    for system in ((), SYSTEM):
+        made.trainer.update(examples_for(made, system))
     made.compute.dismiss()
     return policy.weights()
 

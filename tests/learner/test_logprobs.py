@@ -164,21 +164,22 @@ def tokens_read(model: Any, rows: list[Row]) -> int:
 
 
 def test_a_shared_prompt_is_read_once_where_that_pays(exact: Policy) -> None:
-    assert tokens_read(exact.model, SHARED) == (2 + 3 + 1 + 3) + (1 + 2) + (5 + 3 + 2 + 6)
+    """Of an answer all but its last token, which predicts nothing."""
+    assert tokens_read(exact.model, SHARED) == (2 + 2 + 0 + 2) + (1 + 1) + (5 + 2 + 1 + 5)
     exact.model.set_attn_implementation("sdpa")
     answers = [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]
-    assert tokens_read(exact.model, answers) == 5 + 4 * 2
-    assert tokens_read(exact.model, SHARED) == 3 * (5 + 3 + 2 + 6)
+    assert tokens_read(exact.model, answers) == 5 + 4 * 1
+    assert tokens_read(exact.model, SHARED) == 3 * (5 + 2 + 1 + 5)
     short = [Row([2], [i] * 7) for i in range(4)]
-    assert tokens_read(exact.model, [*short, Row([3], [4])]) == 5 * 8, "one long sequence pads all the others"
+    assert tokens_read(exact.model, [*short, Row([3], [4])]) == 5 * 7, "one long sequence pads all the others"
 
 
 def test_attention_that_is_not_plain_never_shares(exact: Policy) -> None:
     exact.model.set_attn_implementation("eager")
-    assert tokens_read(exact.model, [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]) == 4 * 7
+    assert tokens_read(exact.model, [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]) == 4 * 6
     exact.model.set_attn_implementation("sdpa")
     exact.model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert tokens_read(exact.model, [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]) == 4 * 7
+    assert tokens_read(exact.model, [Row([6, 7, 8, 9, 10], [i, 1]) for i in range(4)]) == 4 * 6
 
 
 def test_buckets_keep_a_prompt_together_and_count_it_once() -> None:

@@ -40,8 +40,8 @@ def test_its_feed_forward_part_reads_the_wanted_positions_alone() -> None:
     for layer in ours.base_model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     completion_hidden(ours, ROWS)
-    # A prompt that two answers share is read once: 4 + 2 + 1 and 1 + 3 tokens; 2, 1 and 3 of them are predicted.
-    assert seen == [11] * (len(seen) - 1) + [6]
+    # A prompt that two answers share is read once: 4 + 1 + 0 and 1 + 2 tokens; 2, 1 and 3 are predicted.
+    assert seen == [8] * (len(seen) - 1) + [6]
 
 
 def test_without_wanted_positions_it_is_transformers_own() -> None:
