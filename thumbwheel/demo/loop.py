@@ -14,6 +14,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
 from thumbwheel import process
 from thumbwheel.demo.broker import Cluster, free_ports
 from thumbwheel.demo.prompts import KL_SUBJECTS, questions
@@ -83,7 +86,9 @@ _VARIABLE = "THUMBWHEEL_LOG__KAFKA__"
 
 LEARNING_RATE = 8e-4
 KL_BUDGET = 2.0
-GREEDY_LEARNING_RATE = 5e-3
+
+RENEWED = ("learner", "guardrails", "control")
+"""What SIGHUP to `thumbwheel up` starts again."""
 
 
 class Loop:
@@ -132,10 +137,33 @@ class Loop:
     def _configure(self, learning_rate: float, kl_budget: float) -> None:
         self.config.write_text(SETTINGS.format(learning_rate=learning_rate, kl_budget=kl_budget, **self._values))
 
-    def be_greedy(self) -> None:
-        """Switch the KL budget off and turn the learning rate up; the learner starts again with that."""
-        self._configure(GREEDY_LEARNING_RATE, float("inf"))
+    def be_greedy(self, learning_rate: float) -> None:
+        """Switch the KL budget off and turn the learning rate up; all but the gateway start again with that."""
+        self._configure(learning_rate, float("inf"))
         self._up.send_signal(signal.SIGHUP)
+
+    def starts(self) -> dict[str, float]:
+        """When the programs that start again with new settings were started, Unix seconds; of those that answer."""
+        answering = {name: metrics for name in RENEWED if (metrics := self._metrics(name))}
+        return {name: metrics["process_start_time_seconds"][0].value for name, metrics in answering.items()}
+
+    def renewed(self, before: dict[str, float]) -> bool:
+        """Whether each of these programs is up and started since then."""
+        now = self.starts()
+        return len(now) == len(RENEWED) and all(now[name] != before.get(name) for name in now)
+
+    def lacks_votes(self) -> bool:
+        """Whether the learner waits for thumbs of the rarer kind."""
+        return any(sample.value for sample in self._metrics("learner").get("thumbwheel_learner_missing_votes", ()))
+
+    def _metrics(self, name: str) -> dict[str, list[Sample]]:
+        """What a program shows on /metrics now; nothing where it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._values[name]}/metrics", timeout=5) as answer:
+                families = text_string_to_metric_families(answer.read().decode())
+                return {family.name: family.samples for family in families}
+        except OSError:
+            return {}
 
     @property
     def _command(self) -> list[str]:

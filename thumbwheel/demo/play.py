@@ -34,6 +34,8 @@ class Size:
     updates: int = 8
     kl_samples: int = 64
     greedy_held_out: int = 64
+    greedy_learning_rate: float = 5e-3
+    """One that takes the adapter far past what the gates allow, in so many updates."""
 
     @property
     def votes(self) -> int:
@@ -43,7 +45,7 @@ class Size:
 ATTEMPTS = 3
 """How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that."""
 
-SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8)
+SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8, greedy_learning_rate=1e-2)
 
 
 class Stage:
@@ -97,16 +99,17 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
             await asyncio.to_thread(loop.wait, loop.ready, "the gateway's readiness", 300, tick)
         with stage("held-out questions, before", len(held_out)) as tick:
             before = await traffic.ask_all(held_out, tick, "app", "policy")
-        candidate, rejected = await _candidate_that_passes(console, stage, traffic, asked, size.votes, short)
+        candidate, rejected = await _candidate_that_passes(console, stage, traffic, asked, size, short)
+        # As long as a candidate is undecided the learner waits: nothing of the next one is learned inside a budget.
+        with stage("somebody switches the KL budget off for what comes next, and turns the learning rate up") as tick:
+            await _be_greedy(loop, size.greedy_learning_rate, tick)
         with stage(f"an operator approves {candidate.version}; the gateway swaps under load") as tick:
             swap_s = await _approve_and_swap(loop, traffic, candidate, short, tick)
         with stage("held-out questions, after", len(held_out)) as tick:
             after = await traffic.ask_all(held_out, tick, "app", "policy")
-        console.print("Now somebody switches the KL budget off and turns the learning rate up. Users go on voting.")
-        loop.be_greedy()
-        await _chat(console, stage, traffic, asked, size.votes)
-        with stage("the greedy learner updates the adapter") as tick:
-            greedy = await _wait_for_candidate(loop, len(rejected) + 2, tick)
+        console.print("Users go on voting, now for the greedy learner.")
+        words = "the greedy learner updates the adapter"
+        greedy = await _next_candidate(console, stage, traffic, asked, size, len(rejected) + 2, words)
         with stage(f"the guardrails evaluate {greedy.version}") as tick:
             greedy = await _wait_for_report(loop, greedy.version, tick)
         with stage(f"held-out questions to {greedy.version}, pinned by an evaluator", size.greedy_held_out) as tick:
@@ -134,7 +137,7 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
 
 
 async def _candidate_that_passes(
-    console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], votes: int, short: bool
+    console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], size: Size, short: bool
 ) -> tuple[Candidate, list[Candidate]]:
     """Users vote, the learner learns, the guardrails judge; what does not pass an operator rejects, and it goes on.
 
@@ -143,9 +146,8 @@ async def _candidate_that_passes(
     loop = traffic.loop
     rejected: list[Candidate] = []
     while True:
-        await _chat(console, stage, traffic, asked, votes)
-        with stage("the learner updates the adapter and holds it to the KL budget") as tick:
-            candidate = await _wait_for_candidate(loop, len(rejected) + 1, tick)
+        words = "the learner updates the adapter and holds it to the KL budget"
+        candidate = await _next_candidate(console, stage, traffic, asked, size, len(rejected) + 1, words)
         with stage(f"the guardrails evaluate {candidate.version} through the gateway") as tick:
             candidate = await _wait_for_report(loop, candidate.version, tick)
         assert candidate.report is not None
@@ -180,13 +182,24 @@ async def _votes_on_log(loop: Loop, expected: int) -> int:
     return found
 
 
-async def _wait_for_candidate(loop: Loop, count: int, tick: Callable[[], None]) -> Candidate:
+async def _next_candidate(
+    console: Console, stage: Stage, traffic: Traffic, asked: Iterator[str], size: Size, count: int, words: str
+) -> Candidate:
+    """The candidate of this number, which the learner makes of votes. Users go on where it has too few of one kind."""
+    loop = traffic.loop
+
     def there() -> bool:
         loop.rollout.poll()
         return len(loop.rollout.state.candidates) >= count
 
-    await asyncio.to_thread(loop.wait, there, "a candidate", 600, tick)
-    return list(loop.rollout.state.candidates.values())[-1]
+    await _chat(console, stage, traffic, asked, size.votes)
+    while True:
+        with stage(words) as tick:
+            await asyncio.to_thread(loop.wait, lambda: there() or loop.lacks_votes(), "a candidate", 600, tick)
+        if there():
+            return list(loop.rollout.state.candidates.values())[-1]
+        console.print("  the learner lacks thumbs of one kind; users go on voting")
+        await _chat(console, stage, traffic, asked, size.batch)
 
 
 async def _wait_for_report(loop: Loop, version: str, tick: Callable[[], None]) -> Candidate:
@@ -196,6 +209,12 @@ async def _wait_for_report(loop: Loop, version: str, tick: Callable[[], None]) -
 
     await asyncio.to_thread(loop.wait, there, f"the report on {version}", 600, tick)
     return loop.rollout.state.candidates[version]
+
+
+async def _be_greedy(loop: Loop, learning_rate: float, tick: Callable[[], None]) -> None:
+    before = loop.starts()
+    loop.be_greedy(learning_rate)
+    await asyncio.to_thread(loop.wait, lambda: loop.renewed(before), "a new start of the learner", 120, tick)
 
 
 async def _approve_and_swap(

@@ -1,5 +1,6 @@
 """The loop under the demo, with the kinds of log that it can have. No engine starts: there is no model."""
 
+import math
 import socket
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_the_sqlite_log_counts_its_votes(tmp_path: Path) -> None:
         assert running.votes() == 5
 
 
+@pytest.mark.slow
+def test_it_is_known_when_the_greedy_settings_are_in_force(tmp_path: Path) -> None:
+    with loop(tmp_path, "sqlite") as running:
+        running.wait(lambda: "control" in running.starts(), "the controller", 60, lambda: None)
+        before = running.starts()
+        assert not running.renewed(before)
+        running.be_greedy(5e-3)
+        running.wait(lambda: running.starts().get("control", 0.0) > before["control"], "the new one", 60, lambda: None)
+        assert load(running.config).learner.kl_budget == math.inf
+        assert not running.renewed(running.starts())
+
+
 @pytest.mark.kafka
 def test_on_a_given_cluster_it_counts_over_partitions_and_leaves_no_topic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kafka_address: str
@@ -90,7 +103,7 @@ def test_a_broker_of_its_own_is_gone_afterwards_and_its_data_is_kept(
         address = running.settings.log.kafka.bootstrap
         assert answers(address)
         running.log.append(FEEDBACK, [message_of(vote(1))])
-        running.be_greedy()
+        running.be_greedy(5e-3)
         assert load(running.config).log == running.settings.log
     assert not answers(address)
     assert list((tmp_path / "kafka").rglob(f"{running.settings.log.kafka.prefix}{FEEDBACK}-*"))

@@ -20,18 +20,26 @@ from thumbwheel.reader import RolloutFollower
 
 
 class Scripted:
-    """A loop whose learner offers a candidate after each round of votes; the guardrails say what they are told."""
+    """A loop whose learner offers a candidate after each round of votes, once it has seen `lacking` more of them; the
+    guardrails say what they are told."""
 
-    def __init__(self, path: Path, verdicts: list[Verdict]) -> None:
+    def __init__(self, path: Path, verdicts: list[Verdict], lacking: int = 0) -> None:
         self.log = SqliteLog(path)
         self.rollout = RolloutFollower(self.log)
         self.verdicts = verdicts
+        self.lacking = lacking
         self.commands: list[tuple[str, ...]] = []
 
     def votes(self) -> int:
         return 0
 
+    def lacks_votes(self) -> bool:
+        return self.lacking >= 0
+
     def offer(self) -> None:
+        self.lacking -= 1
+        if self.lacks_votes():
+            return
         self.rollout.poll()
         version = f"v{len(self.rollout.state.candidates) + 1}"
         verdict = self.verdicts.pop(0)
@@ -55,16 +63,21 @@ class Votes:
     def __init__(self, loop: Scripted) -> None:
         self.loop = loop
         self.failed = 0
+        self.asked_for: list[int] = []
 
     async def chat_and_vote(self, asked: Iterator[str], votes: int, tick: Callable[[], None]) -> tuple[int, int]:
+        self.asked_for.append(votes)
         self.loop.offer()
         return 0, 0
 
 
-async def settle(loop: Scripted, short: bool = False) -> tuple[Any, list[Any]]:
+SIZE = play.Size(batch=4, updates=2)
+
+
+async def settle(loop: Scripted, short: bool = False, users: Votes | None = None) -> tuple[Any, list[Any]]:
     console = Console(quiet=True)
-    traffic = cast(Traffic, Votes(loop))
-    return await play._candidate_that_passes(console, play.Stage(console), traffic, iter(()), 8, short)
+    traffic = cast(Traffic, users or Votes(loop))
+    return await play._candidate_that_passes(console, play.Stage(console), traffic, iter(()), SIZE, short)
 
 
 async def test_what_does_not_pass_is_rejected_by_name_and_the_next_one_goes_on(tmp_path: Path) -> None:
@@ -89,3 +102,11 @@ async def test_a_short_run_takes_the_first_one(tmp_path: Path) -> None:
     loop = Scripted(tmp_path / "log.sqlite", ["inconclusive"])
     candidate, stopped = await settle(loop, short=True)
     assert (candidate.version, stopped, loop.commands) == ("v1", [], [])
+
+
+async def test_users_go_on_as_long_as_the_learner_lacks_thumbs_of_one_kind(tmp_path: Path) -> None:
+    loop = Scripted(tmp_path / "log.sqlite", ["pass"], lacking=2)
+    users = Votes(loop)
+    candidate, _ = await settle(loop, users=users)
+    assert candidate.version == "v1"
+    assert users.asked_for == [8, 4, 4]
