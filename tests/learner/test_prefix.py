@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learner import attention, compute, prefix
+from learner.algorithm import Algorithm
 from learner.compute import Compute
 from learner.logprobs import Row, completion_hidden
 from learner.policy import Policy
@@ -134,8 +135,6 @@ def test_an_update_is_the_same_with_its_beginning_read_once(
 
 
 def test_a_beginning_is_read_once_however_many_parts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    from learner.algorithm import Algorithm
-
     monkeypatch.setattr(compute, "READ_TOKENS", 1)
     policy = Policy(tiny(), settings, "sha256:test")
     seen: list[int] = []

@@ -5,8 +5,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from prometheus_client import start_http_server
 
+from learner import metrics
 from tests.kafka import kafka, needs_release
+from thumbwheel.demo import loop as demo_loop
 from thumbwheel.demo.loop import LogName, Loop
 from thumbwheel.errors import ThumbwheelError
 from thumbwheel.events import FEEDBACK, FeedbackSubmitted
@@ -58,15 +61,32 @@ def test_the_sqlite_log_counts_its_votes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_known_when_the_greedy_settings_are_in_force(tmp_path: Path) -> None:
+def test_it_is_known_when_the_greedy_settings_are_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with loop(tmp_path, "sqlite") as running:
         running.wait(lambda: "control" in running.starts(), "the controller", 60, lambda: None)
         before = running.starts()
+        assert not running.renewed(before), "the others have no model and do not answer"
+        monkeypatch.setattr(demo_loop, "RENEWED", ("control",))
         assert not running.renewed(before)
         running.be_greedy(5e-3)
-        running.wait(lambda: running.starts().get("control", 0.0) > before["control"], "the new one", 60, lambda: None)
+        running.wait(lambda: running.renewed(before), "the new one", 60, lambda: None)
+        assert running.starts()["control"] > before["control"]
         assert load(running.config).learner.kl_budget == math.inf
-        assert not running.renewed(running.starts())
+
+
+def test_it_is_known_what_the_learner_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with loop(tmp_path, "sqlite") as running:
+        assert not running.lacks_votes()
+        server, thread = start_http_server(0, "127.0.0.1")
+        monkeypatch.setitem(running._values, "learner", server.server_port)
+        try:
+            for lacking in (1, 0):
+                metrics.missing.labels("up").set(lacking)
+                assert running.lacks_votes() == bool(lacking)
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 @pytest.mark.kafka
