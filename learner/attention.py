@@ -10,14 +10,17 @@ In Llama's layers the rotation of queries and keys (Su et al., "RoFormer", arXiv
 they are laid out for it. What all sequences begin with can be left out of them (`learner/prefix.py`): each query sees
 its keys and values, which another pass has kept.
 
-For CPUs, where torch's own kernel takes two to five times as long on chat-sized rows. Covered: causal models in which
-every layer attends to everything (`covers`). A call without tiles goes to transformers' sdpa.
+For CPUs, where torch's own kernel takes two to five times as long on chat-sized rows; with AMX it is the faster one in
+forward and the slower one in backward, and an update gains nothing by it. What a tile works with is its thread's
+scratch memory. Covered: causal models in which every layer attends to everything (`covers`). A call without spans goes
+to transformers' sdpa.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from learner import fused, lora
+from learner.scratch import room
 
 NAME = "tiles"
 TILE = 128
@@ -37,14 +41,24 @@ Seen = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries [start, stop) and their keys [first, stop). All see those before `edge`; `bias` is added to the scores of
-    the rest, queries × 1 × (stop − edge): −inf where a query must not see a key, else 0."""
+    """Queries [start, stop), which see the keys of their span up to `stop` at most.
+
+    `bias`, queries × 1 × keys, is added to the scores of the last of these keys: −inf where a query must not see it,
+    else 0. It is a multiple of `ALIGN` wide where there are keys enough: what is left over is slow to add.
+    """
 
     start: int
     stop: int
-    first: int
-    edge: int
     bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, stop) that see each other, tile by tile, and no others but what came before all of them."""
+
+    start: int
+    stop: int
+    tiles: list[Tile]
 
 
 def covers(model: Any) -> bool:
@@ -57,7 +71,7 @@ def covers(model: Any) -> bool:
 
 
 def install(model: Any) -> None:
-    """Make `model` attend by tiles where it is given some and this module is the fastest; it has to be on a CPU."""
+    """Make `model` attend by tiles where it is given spans and this module is the fastest; it has to be on a CPU."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     from transformers.models.llama.modeling_llama import LlamaAttention
@@ -77,31 +91,38 @@ def installed(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
-def tiles(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, known: int = 0) -> list[Tile]:
+def spans(groups: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, known: int = 0) -> list[Span]:
     """Of sequences laid end to end, each a prompt and its answers: their lengths, the prompt first.
 
     An answer sees its prompt and itself; before each sequence come so many `known` tokens that are not laid out.
     `dtype` is that of the scores.
     """
     parts = [_parts(lengths) for lengths in groups]
-    spans: list[tuple[int, int]] = []  # one long sequence, or several short ones that fit into a tile
-    for length in map(len, parts):
-        start = spans[-1][1] if spans else 0
-        if spans and start + length - spans[-1][0] <= TILE:
-            spans[-1] = (spans[-1][0], start + length)
+    together: list[list[int]] = []  # one long sequence, or several short ones that fit into a tile
+    for i, part in enumerate(parts):
+        if together and sum(len(parts[j]) for j in together[-1]) + len(part) <= TILE:
+            together[-1].append(i)
         else:
-            spans.append((start, start + length))
-    part = torch.cat(parts)
-    owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(each) for each in parts]))
+            together.append([i])
+    made, start = [], 0
+    for chosen in together:
+        part = torch.cat([parts[i] for i in chosen])
+        owner = torch.tensor(chosen).repeat_interleave(torch.tensor([len(parts[i]) for i in chosen]))
+        made.append(Span(start, start + len(part), _tiles(part, owner, start, dtype, known)))
+        start += len(part)
+    return made
+
+
+def _tiles(part: Tensor, owner: Tensor, begin: int, dtype: torch.dtype, known: int) -> list[Tile]:
+    """Of a span: which part of which sequence each of its tokens belongs to."""
     made = []
-    for first, end in spans:
-        starts = [first, *range(first + TILE - known % ALIGN, end, TILE)]
-        for start, stop in pairwise([*starts, end]):
-            queries, keys = torch.arange(start, stop)[:, None], torch.arange(first, stop)
-            hidden = ~(_seen(part, queries, keys) & (owner[queries] == owner[keys]))
-            edge = int(torch.cat([hidden.any(0), torch.ones(1, dtype=torch.bool)]).int().argmax())
-            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            made.append(Tile(start, stop, first, first + edge, bias[:, None, edge:]))
+    for start, stop in pairwise([0, *range(TILE - known % ALIGN, len(part), TILE), len(part)]):
+        queries, keys = torch.arange(start, stop)[:, None], torch.arange(stop)
+        hidden = ~(_seen(part, queries, keys) & (owner[queries] == owner[keys]))
+        count = stop - int(torch.cat([hidden.any(0), torch.ones(1, dtype=torch.bool)]).int().argmax())
+        edge = max(0, stop - ALIGN * ceil(count / ALIGN))
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        made.append(Tile(begin + start, begin + stop, bias[:, None, edge:].contiguous()))
     return made
 
 
@@ -125,25 +146,25 @@ def _seen(part: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 def layer(
     module: Any,
     hidden_states: Tensor,
-    tiles: Sequence[Tile] | None = None,
+    spans: Sequence[Span] | None = None,
     only: Tensor | None = None,
     before: Sequence[Seen] | None = None,
     keep: dict[int, Seen] | None = None,
     **options: Any,
 ) -> Any:
-    """LlamaAttention's forward, 1 × tokens × width, where there are tiles; else its own.
+    """LlamaAttention's forward, 1 × tokens × width, where there are spans; else its own.
 
     What comes out is of all positions or `only` of some. Each sees what came `before`, layer by layer, too; `keep`
     takes, by the layer's index, what those after them will see.
     """
-    if tiles is None:
+    if spans is None:
         return type(module).forward(module, hidden_states, **options)
     by_token = tuple(
         each.view(each.shape[1], -1, module.head_dim)
         for each in lora.project(hidden_states, (module.q_proj, module.k_proj, module.v_proj))
     )
     rotation = tuple(each[0] for each in options["position_embeddings"])
-    mixed = _attend(module, by_token, rotation, module.scaling, tiles, before, keep)
+    mixed = _attend(module, by_token, rotation, module.scaling, spans, before, keep)
     mixed = mixed.view(*hidden_states.shape[:-1], -1)
     return module.o_proj(mixed if only is None else mixed.index_select(1, only)), None
 
@@ -155,13 +176,13 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tiles: Sequence[Tile] | None = None,
+    spans: Sequence[Span] | None = None,
     before: Sequence[Seen] | None = None,
     keep: dict[int, Seen] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: 1 × heads × tokens × width in, 1 × tokens × heads × width out."""
-    if tiles is None:
+    if spans is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         other: tuple[Tensor, None] = sdpa_attention_forward(
@@ -170,7 +191,7 @@ def attention(
         return other
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     by_token = tuple(each[0].transpose(0, 1) for each in (query, key, value))
-    return _attend(module, by_token, (None, None), scale, tiles, before, keep)[None], None
+    return _attend(module, by_token, (None, None), scale, spans, before, keep)[None], None
 
 
 def _attend(
@@ -178,7 +199,7 @@ def _attend(
     by_token: tuple[Tensor, ...],
     rotation: tuple[Tensor | None, ...],
     scale: float,
-    tiles: Sequence[Tile],
+    spans: Sequence[Span],
     before: Sequence[Seen] | None,
     keep: dict[int, Seen] | None,
 ) -> Tensor:
@@ -189,7 +210,7 @@ def _attend(
     if keep is not None:
         keep[module.layer_idx] = key, value
     old = (None, None) if before is None else before[module.layer_idx]
-    result: Tensor = _Attention.apply(query, key, value, *old, scale, tiles)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attention.apply(query, key, value, *old, scale, spans)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -226,13 +247,12 @@ def _turn(x: Tensor, result: Tensor, cos: Tensor | None, sin: Tensor | None, bac
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, tile: Tile) -> Tensor:
-    """Softmax of a tile's scores: key heads × (queries · repeat) × keys; its own keys are the last."""
-    empty = query.new_empty(len(query), query.shape[1], key.shape[1])
-    scores = torch.baddbmm(empty, query, key.transpose(1, 2), beta=0, alpha=scale)
-    if tile.edge < tile.stop:
+    """Softmax of a tile's scores, key heads × (queries · repeat) × keys, in room 0."""
+    scores = _product(query, key.transpose(1, 2), 0, scale)
+    if count := tile.bias.shape[-1]:
         by_query = scores.view(len(scores), tile.stop - tile.start, -1, scores.shape[-1])
-        by_query[..., tile.edge - tile.stop :] += tile.bias
-    return torch.softmax(scores, -1)
+        by_query[..., -count:].add_(tile.bias)
+    return torch.softmax(scores, -1, out=scores)
 
 
 class _LaidOut(torch.autograd.Function):
@@ -265,18 +285,20 @@ class _Attention(torch.autograd.Function):
         old_key: Tensor | None,
         old_value: Tensor | None,
         scale: float,
-        tiles: Sequence[Tile],
+        spans: Sequence[Span],
     ) -> Tensor:
         heads, tokens, _ = key.shape
         repeat = query.shape[1] // tokens
         result = query.new_empty(tokens, heads, repeat, value.shape[-1])
-        for tile in tiles:
-            queries = slice(tile.start * repeat, tile.stop * repeat)
-            weights = _probabilities(query[:, queries], _of(tile, key, old_key), scale, tile)
-            mixed = weights @ _of(tile, value, old_value)
-            result[tile.start : tile.stop] = mixed.view(heads, tile.stop - tile.start, repeat, -1).transpose(0, 1)
+        for span in spans:
+            keys, values = _of(span, key, old_key), _of(span, value, old_value)
+            for tile in span.tiles:
+                queries, count = query[:, tile.start * repeat : tile.stop * repeat], _count(tile, span, keys)
+                weights = _probabilities(queries, keys[:, :count], scale, tile)
+                mixed = _product(weights, values[:, :count], 1)
+                result[tile.start : tile.stop] = mixed.view(heads, tile.stop - tile.start, repeat, -1).transpose(0, 1)
         ctx.save_for_backward(query, key, value, old_key, old_value)
-        ctx.scale, ctx.tiles = scale, tiles
+        ctx.scale, ctx.spans = scale, spans
         return result.view(tokens, heads * repeat, -1)
 
     @staticmethod
@@ -286,33 +308,46 @@ class _Attention(torch.autograd.Function):
         heads, tokens, _ = key.shape
         repeat = query.shape[1] // tokens
         slopes = _laid_out(outputs[0], heads)
-        wide = torch.promote_types(key.dtype, torch.float32)
-        old = 0 if old_key is None else old_key.shape[1]
-        d_query = torch.empty_like(query)
-        d_key = key.new_zeros(heads, old + tokens, key.shape[-1], dtype=wide)  # of old and own ones
-        d_value = value.new_zeros(heads, old + tokens, value.shape[-1], dtype=wide)
-        for tile in ctx.tiles:
-            queries, keys = slice(tile.start * repeat, tile.stop * repeat), _of(tile, key, old_key)
-            weights = _probabilities(query[:, queries], keys, ctx.scale, tile)
-            slope = slopes[:, queries]
-            _add(d_value, weights.transpose(1, 2) @ slope, tile, old)
-            d_weights = slope @ _of(tile, value, old_value).transpose(1, 2)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_query[:, queries] = d_scores @ keys
-            _add(d_key, d_scores.transpose(1, 2) @ query[:, queries], tile, old)
-        d_key, d_value = d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype)
-        d_old = (d_key[:, :old], d_value[:, :old]) if old else (None, None)
-        return d_query.mul_(ctx.scale), d_key[:, old:], d_value[:, old:], *d_old, None, None
+        d_query, d_key, d_value = (torch.empty_like(each) for each in (query, key, value))
+        d_olds = [None if each is None else _zeros(each) for each in (old_key, old_value)]
+        for span in ctx.spans:
+            keys, values = _of(span, key, old_key), _of(span, value, old_value)
+            d_keys, d_values = _zeros(keys), _zeros(values)
+            for tile in span.tiles:
+                here, count = slice(tile.start * repeat, tile.stop * repeat), _count(tile, span, keys)
+                asked, slope = query[:, here].contiguous(), slopes[:, here].contiguous()
+                seen = keys[:, :count].contiguous()
+                weights = _probabilities(asked, seen, ctx.scale, tile)
+                d_values[:, :count].add_(_product(weights.transpose(1, 2), slope, 2))
+                d_weights = _product(slope, values[:, :count].transpose(1, 2), 1)
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
+                d_query[:, here] = _product(d_scores, seen, 2, ctx.scale)
+                d_keys[:, :count].add_(_product(d_scores.transpose(1, 2), asked, 2, ctx.scale))
+            for d_own, d_old, found in ((d_key, d_olds[0], d_keys), (d_value, d_olds[1], d_values)):
+                d_own[:, span.start : span.stop] = found[:, span.start - span.stop :]
+                if d_old is not None:
+                    d_old += found[:, : span.start - span.stop]
+        back = [None if each is None else each.to(key.dtype) for each in d_olds]
+        return d_query, d_key, d_value, *back, None, None
 
 
-def _of(tile: Tile, own: Tensor, old: Tensor | None) -> Tensor:
-    """The keys, or values, that a tile's queries may see."""
-    seen = own[:, tile.first : tile.stop]
+def _of(span: Span, own: Tensor, old: Tensor | None) -> Tensor:
+    """The keys, or values, that a span's queries may see: the old ones and the span's own."""
+    seen = own[:, span.start : span.stop]
     return seen if old is None else torch.cat([old, seen], 1)
 
 
-def _add(slopes: Tensor, more: Tensor, tile: Tile, old: int) -> None:
-    """Add to the slopes of `old` keys and all own ones those of the keys that a tile's queries see."""
-    slopes[:, old + tile.first : old + tile.stop] += more[:, old:]
-    if old:
-        slopes[:, :old] += more[:, :old]
+def _count(tile: Tile, span: Span, keys: Tensor) -> int:
+    """How many of its span's keys a tile's queries see."""
+    return keys.shape[1] - (span.stop - tile.stop)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """For sums: in fp32, or in fp64."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
+def _product(a: Tensor, b: Tensor, number: int, scale: float = 1.0) -> Tensor:
+    """scale · a @ b, in the room of this number."""
+    place = room(number, (len(a), a.shape[1], b.shape[2]), a.dtype)
+    return torch.baddbmm(place, a, b, beta=0, alpha=scale, out=place)

@@ -116,7 +116,7 @@ def _read(
     options: dict[str, Any] = {}
     if flat:
         # A mask of four dimensions is handed on as it is: transformers makes none itself.
-        options = {"tiles": attention.tiles(lengths, model.dtype, known), "attention_mask": torch.ones(1, 1, 1, 1)}
+        options = {"spans": attention.spans(lengths, model.dtype, known), "attention_mask": torch.ones(1, 1, 1, 1)}
         if prefix is not None:
             options["before"] = prefix.layers
     elif any(len(group) > 1 for group in groups):

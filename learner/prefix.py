@@ -36,7 +36,7 @@ class Prefix:
             position_ids=torch.arange(len(ids), device=model.device)[None],
             attention_mask=torch.ones(1, 1, 1, 1),
             use_cache=False,
-            tiles=attention.tiles([[len(ids)]], model.dtype),
+            spans=attention.spans([[len(ids)]], model.dtype),
             keep=kept,
         )
         seen = [

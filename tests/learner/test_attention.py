@@ -60,7 +60,7 @@ def test_every_row_sees_what_it_would_see_alone(
     slope = torch.randn(tokens, 2 * repeat, 6, dtype=torch.float64)
     inputs = [each.requires_grad_() for each in (query, key, value)]
     made, _ = attention.attention(
-        None, query[None], key[None], value[None], None, scaling=0.3, tiles=attention.tiles(layout)
+        None, query[None], key[None], value[None], None, scaling=0.3, spans=attention.spans(layout)
     )
     expected = plain(query, key, value, layout)
     torch.testing.assert_close(made[0], expected, rtol=0, atol=1e-12)
@@ -89,7 +89,7 @@ def test_a_layer_of_llamas_is_transformers_own_row_by_row(
         outputs = []
         places = [torch.arange(5), torch.arange(9), torch.arange(1)]
         parts = [torch.cat(places)] if module is ours else places
-        options = {"tiles": attention.tiles(lengths, torch.float64)} if module is ours else {}
+        options = {"spans": attention.spans(lengths, torch.float64)} if module is ours else {}
         for part, place in zip(torch.split(given, rows, 1), parts, strict=True):
             angles = tuple(each.double() for each in other.base_model.rotary_emb(part, place[None]))
             outputs.append(module(part, position_embeddings=angles, attention_mask=None, **options)[0])
@@ -113,10 +113,17 @@ def test_what_is_rotated_and_turned_back_is_what_it_was() -> None:
 
 def test_no_tile_is_longer_than_it_may_be_and_each_token_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TILE", 4)
-    made = attention.tiles([[2, 2], [11, 7], [1], [3, 1]])
-    assert [i for tile in made for i in range(tile.start, tile.stop)] == list(range(27))
-    assert max(tile.stop - tile.start for tile in made) == 4
-    assert all(tile.first == 4 for tile in made if 4 <= tile.start < 22)
+    made = attention.spans([[2, 2], [11, 7], [1], [3, 1]])
+    assert [(span.start, span.stop) for span in made] == [(0, 4), (4, 22), (22, 23), (23, 27)]
+    for span in made:
+        assert [i for tile in span.tiles for i in range(tile.start, tile.stop)] == list(range(span.start, span.stop))
+        assert max(tile.stop - tile.start for tile in span.tiles) <= 4
+
+
+def test_what_is_added_to_scores_is_as_wide_as_products_are_fast_and_no_wider_than_the_keys() -> None:
+    (long,), (short,) = (attention.spans([[prompt, 1]], known=23) for prompt in (300, 3))
+    assert [tile.bias.shape[-1] for tile in long.tiles] == [121, 128, 64]  # the first has no more keys
+    assert [tile.bias.shape[-1] for tile in short.tiles] == [4]
 
 
 def test_the_mask_of_padded_sequences_is_who_sees_whom() -> None:

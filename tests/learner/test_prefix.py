@@ -96,9 +96,9 @@ def test_a_model_that_attends_through_transformers_interface_reads_it_once_too()
 
 
 def test_tiles_after_a_beginning_are_shorter_by_what_keeps_their_keys_aligned() -> None:
-    made = attention.tiles([[300, 20]], known=23)
-    assert [tile.stop - tile.start for tile in made] == [121, 128, 71]
-    assert all((23 + tile.stop - tile.first) % attention.ALIGN == 0 for tile in made[:-1])
+    (made,) = attention.spans([[300, 20]], known=23)
+    assert [tile.stop - tile.start for tile in made.tiles] == [121, 128, 71]
+    assert all((23 + tile.stop - made.start) % attention.ALIGN == 0 for tile in made.tiles[:-1])
 
 
 @pytest.mark.slow
