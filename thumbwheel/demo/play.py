@@ -42,8 +42,11 @@ class Size:
         return self.batch * self.updates
 
 
-ATTEMPTS = 3
-"""How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that."""
+ATTEMPTS = 5
+"""How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that.
+
+With three of them a run has ended in an error: a dozen of ups are few, and gates stop about every second candidate.
+"""
 
 SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8, greedy_learning_rate=1e-2)
 
@@ -156,7 +159,12 @@ async def _candidate_that_passes(
         rejected.append(candidate)
         why = f"gates that did not pass: {', '.join(open_gates(candidate))}"
         if len(rejected) == ATTEMPTS:
-            raise ThumbwheelError(f"{ATTEMPTS} candidates in a row were not fit to go live; {candidate.version}: {why}")
+            found = "; ".join(
+                f"{check.name}: {check.why}" for check in candidate.report.checks if check.verdict != "pass"
+            )
+            raise ThumbwheelError(
+                f"{ATTEMPTS} candidates in a row were not fit to go live; {candidate.version}: {found}"
+            )
         code, words = await asyncio.to_thread(
             loop.command, "adapters", "reject", candidate.version, "--actor", "demo-operator", "--reason", why
         )

@@ -92,9 +92,9 @@ async def test_what_does_not_pass_is_rejected_by_name_and_the_next_one_goes_on(t
     assert "sense_kept" in json.dumps(loop.commands)
 
 
-async def test_three_that_do_not_pass_end_the_demo_and_say_why(tmp_path: Path) -> None:
-    loop = Scripted(tmp_path / "log.sqlite", ["fail", "fail", "fail"])
-    with pytest.raises(ThumbwheelError, match=r"3 candidates in a row.*sense_kept"):
+async def test_as_many_as_may_be_that_do_not_pass_end_the_demo_and_say_why(tmp_path: Path) -> None:
+    loop = Scripted(tmp_path / "log.sqlite", ["fail"] * play.ATTEMPTS)
+    with pytest.raises(ThumbwheelError, match=rf"{play.ATTEMPTS} candidates in a row.*sense_kept"):
         await settle(loop)
 
 
