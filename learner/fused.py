@@ -61,7 +61,7 @@ def alike(module: Any, other: type[torch.nn.Module]) -> bool:
 
 def _wide(x: Tensor, number: int) -> Tensor:
     """A copy in fp32, or in fp64, in the room of this number."""
-    return room(number, (*x.shape,), torch.promote_types(x.dtype, torch.float32)).copy_(x)
+    return room(number, x.shape, torch.promote_types(x.dtype, torch.float32)).copy_(x)
 
 
 class _Norm(torch.autograd.Function):
@@ -83,7 +83,7 @@ class _Norm(torch.autograd.Function):
         by_row = [each.reshape(-1, each.shape[-1]).split(ROWS) for each in (dx, outputs[0], x, inverse)]
         for result, dy, rows, scale in zip(*by_row, strict=True):
             slope, wide = _wide(dy, 0).mul_(weight), _wide(rows, 1)
-            product = torch.mul(slope, wide, out=room(2, (*wide.shape,), wide.dtype))
+            product = torch.mul(slope, wide, out=room(2, wide.shape, wide.dtype))
             along = product.sum(-1, keepdim=True).mul_(scale**3).div_(x.shape[-1])
             result.copy_(slope.mul_(scale).addcmul_(wide, along, value=-1))
         return dx, None, None
@@ -101,6 +101,6 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        d_silu = torch.mul(outputs[0], up, out=room(0, (*up.shape,), up.dtype))
+        d_silu = torch.mul(outputs[0], up, out=room(0, up.shape, up.dtype))
         d_gate = torch.ops.aten.silu_backward(d_silu, gate)
         return d_gate, functional.silu(gate).mul_(outputs[0])

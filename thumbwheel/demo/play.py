@@ -45,7 +45,8 @@ class Size:
 ATTEMPTS = 5
 """How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that.
 
-With three of them a run has ended in an error: a dozen of ups are few, and gates stop about every second candidate.
+With three of them one run of seven ended in an error: a dozen of ups are few to learn from, and gates stopped four
+candidates of ten.
 """
 
 SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8, greedy_learning_rate=1e-2)
