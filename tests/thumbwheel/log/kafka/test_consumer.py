@@ -52,7 +52,8 @@ class Watched(KafkaGroupConsumer):
 
 @pytest.fixture
 def settings(mortal: Cluster, tmp_path: Path) -> Settings:
-    return kafka.on(mortal.bootstrap, tmp_path, session_timeout_s=4.0, timeout_s=5.0)
+    # Beside a busy engine a member with a session of 4 s was twice out of its group, and did not know it yet.
+    return kafka.on(mortal.bootstrap, tmp_path, session_timeout_s=10.0, timeout_s=5.0)
 
 
 @pytest.fixture
@@ -182,7 +183,6 @@ while True:
 def test_what_a_killed_member_had_goes_to_the_other_and_nothing_is_lost_or_given_again(
     settings: Settings, log: KafkaLog
 ) -> None:
-    # Beside a busy engine the first member was once without a session of 4 s when the second came.
     settings = member(settings, "m1", session_timeout_s=8.0)
     start = {(FEEDBACK, partition): 0 for partition in range(3)}
     consumer = Watched(settings, start=start)
