@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 PROBES = 8
 PROBE_TOKENS = 48
+"""Of one answer: its first ones."""
+ENOUGH_TOKENS = 128
+"""Of all probes. A policy that answers in three words needs more probes: a gateway takes no proof from a few tokens."""
 _IDS = uuid.UUID("5f0b9d0e-8c1d-5d52-9a3c-6f6a0f0f3c11")
 
 
@@ -32,15 +35,20 @@ def probes(answers: Sequence[Measured]) -> list[Probe]:
         pairs = list(zip(answer.candidate, answer.reference, strict=True))[:PROBE_TOKENS]
         return sum(abs(ours - theirs) for ours, theirs in pairs) / len(pairs)
 
-    return [
-        Probe(
+    chosen: list[Probe] = []
+    tokens = 0
+    for answer in sorted(answers, key=apart, reverse=True):
+        if len(chosen) >= PROBES and tokens >= ENOUGH_TOKENS:
+            break
+        probe = Probe(
             prompt_token_ids=answer.row.prompt,
             completion_token_ids=answer.row.completion[:PROBE_TOKENS],
             candidate_logprobs=answer.candidate[:PROBE_TOKENS],
             base_logprobs=answer.reference[:PROBE_TOKENS],
         )
-        for answer in sorted(answers, key=apart, reverse=True)[:PROBES]
-    ]
+        chosen.append(probe)
+        tokens += len(probe.completion_token_ids)
+    return chosen
 
 
 def write(

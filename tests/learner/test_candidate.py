@@ -11,6 +11,7 @@ from learner.examples import Thumb
 from learner.kl import Estimate, Measured
 from learner.logprobs import Row
 from learner.policy import Policy
+from serve.proof import prove
 from tests.learner.conftest import move, tiny
 from thumbwheel.events import ROLLOUT, CandidateSubmitted, decode
 from thumbwheel.log import SqliteLog
@@ -59,6 +60,16 @@ def test_probes_are_the_answers_that_tell_candidate_from_base_best() -> None:
     for probe in chosen:
         lengths = [len(probe.completion_token_ids), len(probe.candidate_logprobs), len(probe.base_logprobs)]
         assert lengths == [candidate.PROBE_TOKENS] * 3
+
+
+def test_however_short_the_answers_are_their_probes_hold_enough_for_a_proof() -> None:
+    chosen = candidate.probes([answer(i / 10, length=3) for i in range(64)])
+    assert 128 <= sum(len(probe.completion_token_ids) for probe in chosen) < 128 + 3
+    nats = [-1 - probe.base_logprobs[0] for probe in chosen]
+    assert nats == sorted(nats, reverse=True)
+    moved = [[value + 0.01 for value in probe.candidate_logprobs] for probe in chosen]
+    assert prove(chosen, moved).proved
+    assert len(candidate.probes([answer(0.1, length=1)] * 10)) == 10, "all there are"
 
 
 def test_what_was_written_before_a_kill_is_found_by_its_votes(
