@@ -2,12 +2,12 @@
 
     python -m bench.algorithms [--only kto ppo …]
 
-SmolLM2-135M-Instruct answers everyday questions, four times each; the demo's users like an answer that ends by itself
-within 60 tokens. All of it goes onto one log. Each algorithm is given that log, a real `Learner`, the same KL budget
-and a process of its own; its candidate, held to the budget, then answers questions that nobody has asked before. An
-answer counts as making sense when the base model finds its tokens no less likely than it finds all but the worst
-twentieth of its own answers', place by place. `gspo` and `grpo` take the reward model that `ppo` fitted. The last line
-is JSON.
+SmolLM2-135M-Instruct answers everyday questions, four times each; the demo's users ask it to be brief, and like an
+answer that ends by itself within 25 tokens. All of it goes onto one log. Each algorithm is given that log, a real
+`Learner`, the same KL budget and a process of its own; its candidate, held to the budget, then answers questions that
+nobody has asked before. An answer counts as making sense when the base model finds its tokens no less likely than it
+finds all but the worst twentieth of its own answers', place by place. `gspo` and `grpo` take the reward model that
+`ppo` fitted. The last line is JSON.
 """
 
 import argparse
@@ -60,7 +60,7 @@ FRESH: dict[str, Any] = {"batch": 16, "updates_per_candidate": 5, "reward": {"ep
 CHOSEN: dict[str, dict[str, Any]] = {
     "kto": {"batch": 64, "updates_per_candidate": 8},
     "bco": {"batch": 64, "updates_per_candidate": 8},
-    "dpo": {"batch": 4, "updates_per_candidate": 6},
+    "dpo": {"batch": 16, "updates_per_candidate": 4},
     "ppo-logged": {"batch": 64, "updates_per_candidate": 8},
     "ppo": FRESH,
     "grpo": FRESH,

@@ -3,7 +3,7 @@
     python -m bench.learner_vs_trl [--model DIR] [--rounds N]
 
 The same rows (chats by the model's template about real text, prompts from the shortest that it makes, some 30 tokens,
-to 600; answers as long as the model's own to the demo's questions), the same model in bf16 (the demo's, unless --model
+to 600; answers as long as the model's own to everyday questions), the same model in bf16 (the demo's, unless --model
 names another), the same LoRA adapter with the same weights, two threads, each contestant a process of its own:
 
     kto            KTOTrainer as it comes: KL on mismatched pairs, references in the step, checkpointing, batches of 8
@@ -71,11 +71,11 @@ class Measured:
 
 
 def answer_lengths(model: Path, count: int) -> list[int]:
-    """Of real answers: tokens of what the model says to the demo's questions, at temperature 1."""
+    """Of real answers: tokens of what the model says to everyday questions, not asked to be brief, at temperature 1."""
     from bench.algorithms import Words
 
     policy, words = our_policy(model), Words(model)
-    prompts = [words.prompt(question) for question in questions(TRAFFIC_SUBJECTS, count, seed=0)]
+    prompts = [words.prompt(question) for question in questions(TRAFFIC_SUBJECTS, count, seed=0, wish="")]
     with policy.reference():
         rows = sample(policy.model, prompts, ANSWER_TOKENS, policy.stop, torch.Generator().manual_seed(0))
     return [len(row.completion) for row in rows]

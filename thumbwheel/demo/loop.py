@@ -84,8 +84,8 @@ min_insync_replicas = 1
 LogName = Literal["sqlite", "kafka"]
 _VARIABLE = "THUMBWHEEL_LOG__KAFKA__"
 
-LEARNING_RATE = 8e-4
-KL_BUDGET = 2.0
+LEARNING_RATE = 5e-4
+KL_BUDGET = 1.0
 
 RENEWED = ("learner", "guardrails", "control")
 """What SIGHUP to `thumbwheel up` starts again."""

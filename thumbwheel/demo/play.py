@@ -21,7 +21,7 @@ from thumbwheel.demo.table import Outcome, Rate, open_gates, show
 from thumbwheel.demo.traffic import Traffic
 from thumbwheel.demo.users import PATIENCE
 from thumbwheel.errors import ThumbwheelError
-from thumbwheel.events import BASE, AdapterPromoted
+from thumbwheel.events import BASE, AdapterPromoted, CandidateRejected
 from thumbwheel.rollout import Candidate
 
 
@@ -43,11 +43,7 @@ class Size:
 
 
 ATTEMPTS = 5
-"""How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that.
-
-With three of them one run of seven ended in an error: a dozen of ups are few to learn from, and gates stopped four
-candidates of ten.
-"""
+"""How many candidates the learner may offer: sampling is chance, and a gate that stops one is there for that."""
 
 SHORT = Size(held_out=8, batch=8, updates=2, kl_samples=32, greedy_held_out=8, greedy_learning_rate=1e-2)
 
@@ -93,8 +89,8 @@ async def _play(model: Path, data: Path, short: bool, log: LogName) -> None:
     stage = Stage(console)
     held_out = questions(HELD_OUT_SUBJECTS, size.held_out, seed=1)
     console.print(
-        f"Users ask {model.name} everyday questions. A thumb goes up when the answer ends by itself within {PATIENCE} "
-        "tokens; nobody checks whether it makes sense."
+        f"Users ask {model.name} everyday questions, and to be brief. A thumb goes up when the answer ends by itself "
+        f"within {PATIENCE} tokens; nobody checks whether it makes sense."
     )
     with Loop(data, model, batch=size.batch, updates=size.updates, kl_samples=size.kl_samples, log=log) as loop:
         traffic = Traffic(loop)
@@ -214,7 +210,11 @@ async def _next_candidate(
 async def _wait_for_report(loop: Loop, version: str, tick: Callable[[], None]) -> Candidate:
     def there() -> bool:
         loop.rollout.poll()
-        return loop.rollout.state.candidates[version].report is not None
+        candidate = loop.rollout.state.candidates[version]
+        last = candidate.history[-1]
+        if candidate.report is None and isinstance(last, CandidateRejected):
+            raise ThumbwheelError(f"{version} was rejected before its evaluation was done: {last.reason}")
+        return candidate.report is not None
 
     await asyncio.to_thread(loop.wait, there, f"the report on {version}", 600, tick)
     return loop.rollout.state.candidates[version]

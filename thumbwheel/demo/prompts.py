@@ -1,4 +1,7 @@
-"""What the demo's users ask: everyday questions. Three sets of subjects that share none: traffic, held out, KL."""
+"""What the demo's users ask: everyday questions, to be answered briefly.
+
+Three sets of subjects that share none: traffic, held out, KL.
+"""
 
 import itertools
 import random
@@ -13,6 +16,9 @@ FORMS = (
     "Is {} worth learning about?",
     "What should a child know about {}?",
 )
+
+WISH = "Be brief."
+"""What every question ends with. Without it one answer in twenty ends within 50 tokens: too few ups to learn from."""
 
 TRAFFIC_SUBJECTS = (
     "rain", "a bicycle", "coffee", "the moon", "a library", "bread", "football", "gravity", "a mirror", "the ocean",
@@ -34,9 +40,9 @@ KL_SUBJECTS = (
 """For measuring KL to the reference: asked by the learner alone."""
 
 
-def questions(subjects: tuple[str, ...], count: int, seed: int) -> list[str]:
-    """`count` different questions about the subjects, in an order that the seed fixes."""
-    every = [form.format(subject) for subject, form in itertools.product(subjects, FORMS)]
+def questions(subjects: tuple[str, ...], count: int, seed: int, wish: str = WISH) -> list[str]:
+    """`count` different questions about the subjects, each with the wish, in an order that the seed fixes."""
+    every = [f"{form.format(subject)} {wish}".rstrip() for subject, form in itertools.product(subjects, FORMS)]
     if count > len(every):
         raise ValueError(f"only {len(every)} different questions about these subjects, not {count}")
     return random.Random(seed).sample(every, count)

@@ -1,4 +1,4 @@
-"""The demo's population: people who like an answer that comes to its end, and who do not read it closely.
+"""The demo's population: people who want a brief answer that comes to its end, and who do not read it closely.
 
 A thumb goes up when the answer ends by itself within `PATIENCE` tokens. Whether it makes sense they do not check:
 that is what makes thumbs gameable, and what the guardrails are there for.
@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-PATIENCE = 60
-"""The longest answer that these users like, in tokens."""
+PATIENCE = 25
+"""The longest answer that these users like, in tokens. One in five of the demo model's is no longer."""
 
 
 @dataclass(frozen=True)

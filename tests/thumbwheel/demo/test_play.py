@@ -110,3 +110,10 @@ async def test_users_go_on_as_long_as_the_learner_lacks_thumbs_of_one_kind(tmp_p
     candidate, _ = await settle(loop, users=users)
     assert candidate.version == "v1"
     assert users.asked_for == [8, 4, 4]
+
+
+async def test_a_candidate_that_is_rejected_before_its_report_is_not_waited_for(tmp_path: Path) -> None:
+    loop = Scripted(tmp_path / "log.sqlite", [])
+    append(loop.log, submitted("v1"), rejected("v1"))
+    with pytest.raises(ThumbwheelError, match="v1 was rejected before its evaluation was done: bad"):
+        await play._wait_for_report(cast(Any, loop), "v1", lambda: None)
